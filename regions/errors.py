@@ -1,0 +1,90 @@
+"""What can go wrong when regions are run, split by exit code.
+
+    RegionsError
+    ├── TopologyError        topology_invalid      2  the topology file, or what it says
+    ├── AddressMissing       address_missing       4  a region's loopback address does not exist here
+    ├── PortInUse            port_in_use           4  someone else listens on a region's address
+    ├── SocketPathTooLong    socket_path_too_long  4  no directory is short enough for a unix socket
+    ├── ServerNotFound       server_not_found      4  no Valkey or Redis server to start
+    ├── ServerStartFailed    server_start_failed   4  a child died, or was not ready in time
+    └── LinkFailed           link_failed           4  the link proxy refused or did not answer
+
+`code` is stable and machine-readable; the message names the cause and what to do about it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import ClassVar
+
+__all__ = [
+    "AddressMissing",
+    "ExitCode",
+    "LinkFailed",
+    "PortInUse",
+    "RegionsError",
+    "ServerNotFound",
+    "ServerStartFailed",
+    "SocketPathTooLong",
+    "TopologyError",
+]
+
+
+class ExitCode(IntEnum):
+    """How a `regions` command ends."""
+
+    OK = 0
+    PROMISE_BROKEN = 1
+    USAGE = 2
+    DID_NOT_SETTLE = 3
+    COULD_NOT_RUN = 4
+
+
+class RegionsError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+    code: ClassVar[str] = "regions_error"
+    exit_code: ClassVar[ExitCode] = ExitCode.COULD_NOT_RUN
+
+
+class TopologyError(RegionsError):
+    """A topology that cannot be used: unreadable, not TOML, or saying something impossible."""
+
+    code = "topology_invalid"
+    exit_code = ExitCode.USAGE
+
+
+class AddressMissing(RegionsError):
+    """A region's loopback address is not configured on this machine."""
+
+    code = "address_missing"
+
+
+class PortInUse(RegionsError):
+    """A port of a region's address is taken."""
+
+    code = "port_in_use"
+
+
+class SocketPathTooLong(RegionsError):
+    """Neither the given nor the system's temporary directory leaves room for a unix socket's path."""
+
+    code = "socket_path_too_long"
+
+
+class ServerNotFound(RegionsError):
+    """No usable Valkey or Redis server binary."""
+
+    code = "server_not_found"
+
+
+class ServerStartFailed(RegionsError):
+    """A child process could not be started, died unexpectedly, or did not become ready in time."""
+
+    code = "server_start_failed"
+
+
+class LinkFailed(RegionsError):
+    """The link proxy's configuration is wrong, or its control socket refused a request."""
+
+    code = "link_failed"
