@@ -1,0 +1,173 @@
+# One way to run each thing. Everything stays inside the checkout: .venv (made here), .cache, var, wheelhouse, dist.
+#
+#   PYTHON=python3.12   which Python makes .venv (default: the first of python3, python3.13, python3.12, python3.11 that fits)
+#   OFFLINE=1           install from ./wheelhouse alone
+#   UPGRADE=1           `make lock` takes newer releases instead of keeping what is pinned
+#   ARGS="-k revoke"    passed on by test, test-all, demo, up and bench
+#
+# Works with GNU make 3.81 (macOS) as with 4.x, and under -j.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+ifneq ($(words $(CURDIR)),1)
+$(error The path of this checkout contains a space, which make cannot handle: please move it)
+endif
+
+CACHE := $(CURDIR)/.cache
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CACHE)/hypothesis
+export MYPY_CACHE_DIR := $(CACHE)/mypy
+export PIP_CACHE_DIR := $(CACHE)/pip
+export RUFF_CACHE_DIR := $(CACHE)/ruff
+export UV_CACHE_DIR := $(CACHE)/uv
+export XDG_CACHE_HOME := $(CACHE)
+# Whatever the caller's shell says, packages go into .venv and come from there.
+export PIP_USER := 0
+unexport PIP_PREFIX PIP_REQUIRE_HASHES PIP_TARGET PYTHONHOME PYTHONPATH
+
+PY := .venv/bin/python
+PYTHON ?=
+ARGS ?=
+CODE := $(wildcard verifier keyservice regions examples benchmarks)
+
+# -qq hides pip's warnings and keeps its errors. Wheels only: building a source package would run unpinned code.
+PIP := mkdir -p $(CACHE)/tmp && TMPDIR=$(CACHE)/tmp
+ifeq ($(OFFLINE),1)
+PIP += PIP_CONFIG_FILE=/dev/null $(PY) -m pip --isolated --no-cache-dir
+PIP_FROM := --no-index --find-links wheelhouse
+else
+PIP += $(PY) -m pip
+PIP_FROM :=
+endif
+PIP += --disable-pip-version-check --no-input -qq
+PIP_LOCKED := --require-hashes --only-binary :all: --requirement requirements.lock
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+
+# --- set-up -----------------------------------------------------------------------------------------------------------
+
+# .venv/.made says which checkout the environment was made for; one that was moved, or whose Python went away, is made anew.
+# .venv/.installed-<key> says which lock and pyproject.toml it holds. Both are looked at by content, not by time.
+VENV_SOUND := $(shell test "$$(cat .venv/.made 2>/dev/null)" = "$(CURDIR)" && $(PY) -V >/dev/null 2>&1 && echo yes)
+INSTALLED := .venv/.installed-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d ' ' -f 1)
+
+.PHONY: install
+install: $(INSTALLED) ## make .venv and install the locked packages and the project
+
+ifneq ($(VENV_SOUND),yes)
+.PHONY: .venv/.made
+endif
+.venv/.made:
+	@base= ; bare= ; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		if "$$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then base=$$python; break; fi; \
+		bare=$${bare:-$$python}; \
+	done; \
+	if [ -z "$$base" ] && [ -n "$$bare" ]; then \
+		echo "$$bare cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; \
+	elif [ -z "$$base" ]; then \
+		echo "no Python 3.11 or newer found ($(or $(PYTHON),python3 python3.13 python3.12 python3.11)): install one, or name it with PYTHON=..." >&2; exit 1; \
+	fi; \
+	echo "[1/3] making .venv with $$("$$base" -V)"; \
+	rm -rf .venv && "$$base" -m venv .venv && echo "$(CURDIR)" > $@
+
+$(INSTALLED): .venv/.made
+	@echo "[2/3] installing the locked packages$(if $(PIP_FROM), from ./wheelhouse)"
+	@$(PIP) install $(PIP_FROM) $(PIP_LOCKED) || { \
+		echo "The locked packages could not be installed: is the package index reachable? Without a network: 'make wheelhouse' where there is one, copy ./wheelhouse here, then 'OFFLINE=1 make install'." >&2; exit 1; }
+	@echo "[3/3] installing the project"
+	@$(PIP) install $(PIP_FROM) --no-deps --no-build-isolation --editable .
+	@rm -f .venv/.installed-* && touch $@
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: install ## set up, then the main job: regions, lag, a revocation, a failover
+	@$(PY) -m regions demo $(ARGS)
+
+.PHONY: up
+up: install ## start a cluster of regions on this machine, until Ctrl-C
+	@$(PY) -m regions up $(ARGS)
+
+.PHONY: bench
+bench: install ## the benchmarks
+	@$(PY) -m benchmarks $(ARGS)
+
+# --- testing and checking ---------------------------------------------------------------------------------------------
+
+.PHONY: test
+test: install ## set up, then the tests that need only Python (under 5 minutes)
+	@$(PY) -m pytest -n auto -m "not slow and not system" $(ARGS)
+
+.PHONY: test-all
+test-all: install ## every test, also slow ones and those that need other programs
+	@$(PY) -m pytest -n auto $(ARGS)
+
+.PHONY: check check-format check-lint check-types check-imports check-security check-secrets
+check: check-format check-lint check-types check-imports check-security check-secrets ## every static check
+
+check-format: install
+	@$(PY) -m ruff format --check .
+
+check-lint: install
+	@$(PY) -m ruff check .
+
+check-types: install
+	@$(PY) -m mypy $(CODE) $(wildcard tests)
+
+check-imports: install
+	@.venv/bin/lint-imports --no-logo --cache-dir $(CACHE)/imports
+
+check-security: install
+	@.venv/bin/bandit --quiet --recursive --configfile pyproject.toml $(CODE)
+
+# Every file that git tracks or would add; outside a git checkout, every file. No baseline: an exception stands beside its
+# line, as `pragma: allowlist secret`. tests/ is full of made-up tokens and passwords, so there only what has a tell-tale
+# form is looked for (private keys, cloud keys, service tokens).
+SECRETS := .venv/bin/detect-secrets-hook --no-verify --disable-plugin IPPublicDetector
+SECRETS_TESTS := $(SECRETS) $(addprefix --disable-plugin ,\
+	Base64HighEntropyString BasicAuthDetector HexHighEntropyString JwtTokenDetector KeywordDetector)
+LIST := git ls-files -z --cached --others --exclude-standard
+FIND := find . \( -name .git -o -name .venv -o -name .cache -o -name var -o -name wheelhouse -o -name dist \) -prune -o -type f
+
+check-secrets: install
+	@mkdir -p $(CACHE)
+	@$(LIST) -- . ':!tests' > $(CACHE)/files 2>/dev/null || $(FIND) ! -path './tests/*' -print0 > $(CACHE)/files
+	@$(LIST) -- tests > $(CACHE)/files-tests 2>/dev/null || $(FIND) -path './tests/*' -print0 > $(CACHE)/files-tests
+	@xargs -0 $(SECRETS) < $(CACHE)/files
+	@xargs -0 $(SECRETS_TESTS) < $(CACHE)/files-tests
+	@echo "No secrets in $$(cat $(CACHE)/files $(CACHE)/files-tests | tr -cd '\0' | wc -c | tr -d ' ') files"
+
+.PHONY: format
+format: install ## rewrite the code into its one format, and mend what the linter can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+# --- packaging --------------------------------------------------------------------------------------------------------
+
+# One lock for every supported Python and platform. uv takes its index from its own environment (UV_DEFAULT_INDEX).
+.PHONY: lock
+lock: .venv/.made ## resolve pyproject.toml into requirements.lock (UPGRADE=1: to the newest)
+	@test -x .venv/bin/uv || { $(PIP) install uv; }
+	@.venv/bin/uv pip compile pyproject.toml --quiet --universal --python $(PY) --python-version 3.11 --no-python-downloads \
+		--all-extras --generate-hashes --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
+		--output-file requirements.lock
+	@! grep -nE '://|^-|@ ' requirements.lock || { echo "requirements.lock names a place: see above" >&2; exit 1; }
+
+.PHONY: wheelhouse
+wheelhouse: install ## download every locked wheel for this Python and platform into ./wheelhouse
+	@$(PIP) download $(PIP_LOCKED) --dest wheelhouse
+	@echo "$$(ls wheelhouse | wc -l | tr -d ' ') wheels in ./wheelhouse"
+
+.PHONY: build
+build: install ## the wheel and the source archive, in ./dist
+	@$(PY) -m build --no-isolation --outdir dist .
+
+.PHONY: clean
+clean: ## remove what make made, except ./wheelhouse
+	@rm -rf .cache .venv dist var
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
