@@ -1,0 +1,128 @@
+"""How stale a mirror is, and whether it may call itself fresh. Pure.
+
+Theory: every write to the log happens before some beat, and a beat is *applied* here once its position is. So a mirror
+that applied a beat of time T holds everything appended before T. A beat counts for freshness only once a later beat
+says that a majority of regions confirmed it: without that, a zombie primary's side would look fresh for ever.
+
+    staleness = max(monotonic time since the newest applied confirmed beat arrived, wall clock now - its server time)
+
+Nothing is subtracted. The monotonic part survives a wrong wall clock, the wall part an old beat that arrives late. A
+beat more than ``max_skew_s`` in the future is not counted. While no confirmed beat was ever applied, the age of the
+newest applied beat is reported instead, marked unconfirmed, and the mirror is not fresh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .log import FORMAT, Beat, Epoch, Meta, Position
+
+__all__ = ["Freshness", "Staleness"]
+
+
+class Heard(NamedTuple):
+    """A beat as it was received: its identity, the primary's time, and when it arrived here (monotonic seconds)."""
+
+    nonce: str
+    n: int
+    at_s: float
+    position: Position
+    arrived_mono: float
+
+
+class Staleness(NamedTuple):
+    """``seconds`` since the mirror was known to be complete (None: never), and whether a majority vouched for that.
+
+    ``reason`` is None when fresh, else one of ``never_synced``, ``log_format_newer``, ``clock_skew``, ``hole``,
+    ``epoch_closed``, ``unconfirmed``, ``stale``.
+    """
+
+    seconds: float | None
+    confirmed: bool
+    reason: str | None
+
+    @property
+    def fresh(self) -> bool:
+        """True if a majority vouched for a state that is no older than the bound."""
+        return self.reason is None
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """An immutable record, replaced as rounds of reading come in; :meth:`staleness` is computed when asked."""
+
+    max_skew_s: float
+    applied: Heard | None = None
+    confirmed: Heard | None = None
+    pending: Heard | None = None
+    pending_confirmed: Heard | None = None
+    synced: bool = False
+    epoch_open: bool = False
+    log_format_newer: bool = False
+    clock_skew: bool = False
+    holed_nonce: str | None = None
+
+    def heard(self, beat: Beat, epoch: Epoch, meta: Meta, *, now: float, mono: float) -> Freshness:
+        """A round of reading brought this beat, epoch and meta; ``now`` is wall time, ``mono`` monotonic (seconds)."""
+        ahead = beat.at_ms / 1000 - now > self.max_skew_s
+        state = replace(
+            self,
+            epoch_open=epoch.open,
+            log_format_newer=meta.min_reader_format > FORMAT,
+            clock_skew=ahead,
+        )
+        if ahead or beat.nonce != epoch.nonce:
+            return state
+        seen = Heard(beat.nonce, beat.n, beat.at_ms / 1000, beat.position, mono)
+        state = replace(state, pending=_newer(seen, self.pending, self.applied))
+        if beat.confirmed_n is None or beat.confirmed_at_ms is None or beat.confirmed_position is None:
+            return state
+        vouched = Heard(beat.nonce, beat.confirmed_n, beat.confirmed_at_ms / 1000, beat.confirmed_position, mono)
+        return replace(state, pending_confirmed=_newer(vouched, self.pending_confirmed, self.confirmed))
+
+    def reached(self, position: Position) -> Freshness:
+        """Everything up to ``position`` is applied: beats that were waiting for it count from now on."""
+        state = self
+        if self.pending is not None and _covers(position, self.pending, self.holed_nonce):
+            state = replace(state, applied=self.pending, pending=None)
+        if self.pending_confirmed is not None and _covers(position, self.pending_confirmed, self.holed_nonce):
+            state = replace(state, confirmed=self.pending_confirmed, pending_confirmed=None)
+        return state
+
+    def staleness(self, *, now: float, mono: float, max_staleness_s: float) -> Staleness:
+        """How stale at wall time ``now`` and monotonic time ``mono``, and fresh or not for the bound (seconds)."""
+        counted = self.confirmed or self.applied
+        seconds = None if counted is None else max(mono - counted.arrived_mono, now - counted.at_s, 0.0)
+        return Staleness(seconds, self.confirmed is not None, self._reason(seconds, max_staleness_s))
+
+    def _reason(self, seconds: float | None, max_staleness_s: float) -> str | None:
+        checks = (
+            (not self.synced, "never_synced"),
+            (self.log_format_newer, "log_format_newer"),
+            (self.confirmed is None and self.clock_skew, "clock_skew"),
+            (self.confirmed is None and self.holed_nonce is not None, "hole"),
+            (self.confirmed is None and not self.epoch_open, "epoch_closed"),
+            (self.confirmed is None, "unconfirmed"),
+            (seconds is None or seconds > max_staleness_s, "stale"),
+        )
+        return next((reason for wrong, reason in checks if wrong), None)
+
+    def deadlines(self, max_staleness_s: float) -> tuple[float, float]:
+        """(wall, monotonic) seconds at which a mirror that is fresh now stops being so; zeros if it is not fresh."""
+        if self.confirmed is None or self._reason(0.0, max_staleness_s) is not None:
+            return (0.0, 0.0)
+        return (self.confirmed.at_s + max_staleness_s, self.confirmed.arrived_mono + max_staleness_s)
+
+
+def _newer(seen: Heard, *held: Heard | None) -> Heard | None:
+    """``seen`` unless it or a later one of its nonce is held: a beat arrives once, however often it is read."""
+    for other in held:
+        if other is not None and other.nonce == seen.nonce and other.n >= seen.n:
+            return held[0]
+    return seen
+
+
+def _covers(position: Position, beat: Heard, holed_nonce: str | None) -> bool:
+    same = position.nonce == beat.nonce and position.nonce != holed_nonce
+    return same and position[:2] >= beat.position[:2]

@@ -1,0 +1,197 @@
+"""The shell around :mod:`verifier.keys`: one daemon thread that fetches JWK sets over HTTP.
+
+Nothing is locked while a request runs: verifications read ``view``, and those that meet an unknown ``kid`` may wait for
+the pass in flight, a bounded time. Redirects are refused, bodies are capped, proxy variables are ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from .jwk import JwksError, KeySet
+from .keys import Fetched, JwksCache, KeysView
+from .limits import HTTP_TIMEOUT_S, JWKS_BYTES_MAX
+from .log import FormatError, Generation
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["JwksClient"]
+
+_log: Final = logging.getLogger("verifier.jwks")
+_MAX_AGE: Final = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,9})(?:[,\s]|$)", re.IGNORECASE)
+
+
+class JwksClient:
+    """Keeps the key set of ``urls`` (own region's first) in ``view``; ``on_change(view)`` follows every success."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        initial: KeySet | None = None,
+        source_address: str | None = None,
+        on_change: Callable[[KeysView], None] | None = None,
+    ) -> None:
+        self._urls = tuple(urls)
+        self._cache = JwksCache(len(self._urls), initial, mono=time.monotonic())
+        self._source_address = source_address
+        self._on_change = on_change
+        self._wake = threading.Condition()
+        self._wanted = False
+        self._closing = False
+        self._started = 0
+        self._finished = 0
+        self._thread: threading.Thread | None = None
+        self.counters: Counter[str] = Counter()
+
+    @property
+    def view(self) -> KeysView:
+        """The key set held now."""
+        return self._cache.view
+
+    def start(self) -> None:
+        """Start the thread; does nothing if it runs."""
+        if self._thread is None or not self._thread.is_alive():
+            self._closing = False
+            self._thread = threading.Thread(target=self._run, name="verifier-jwks", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread; the keys held stay readable."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(HTTP_TIMEOUT_S + 1)
+
+    def refresh(self, timeout_s: float) -> None:
+        """Ask for a newer set and wait for it, at most ``timeout_s``.
+
+        Where a cooldown forbids another pass this waits for the one in flight, if there is one.
+        """
+        with self._wake:
+            target, held = self._started, self.view.keys
+            if self._cache.may_fetch(time.monotonic()):
+                self._wanted = True
+                target += 1
+                self._wake.notify_all()
+            self._wake.wait_for(
+                lambda: self._finished >= target or self._closing or self.view.keys is not held, timeout_s
+            )
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for a first key set; False if there is none in time."""
+        with self._wake:
+            return self._wake.wait_for(lambda: self.view.keys is not None, timeout_s)
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import httpx
+
+        transport = httpx.HTTPTransport(local_address=self._source_address, retries=0)
+        limits = httpx.Timeout(HTTP_TIMEOUT_S)
+        headers = {"Accept": "application/jwk-set+json, application/json", "User-Agent": "multiregion-jwks-verifier"}
+        with httpx.Client(
+            transport=transport, timeout=limits, follow_redirects=False, trust_env=False, headers=headers
+        ) as client:
+            while self._await_turn():
+                try:
+                    self._pass(client)
+                except Exception:  # noqa: BLE001 - a mistake of ours must not end the thread in silence
+                    _log.exception("fetching keys failed")
+                    self.counters["failures"] += 1
+                    self._cache.failed(time.monotonic())
+                finally:
+                    with self._wake:
+                        self._finished = self._started
+                        self._wake.notify_all()
+
+    def _await_turn(self) -> bool:
+        """Wait until a pass is due or wanted; False when closing."""
+        with self._wake:
+            while not self._closing:
+                mono = time.monotonic()
+                if (self._wanted or self._cache.is_due(mono)) and self._cache.may_fetch(mono):
+                    self._wanted = False
+                    self._started += 1
+                    return True
+                pause_s = self._cache.wake_after_s(mono)
+                self._wake.wait(min(max(pause_s, 0.05), 60.0))
+        return False
+
+    def _pass(self, client: httpx.Client) -> None:
+        """Try each source that may be asked, until one gives a good set."""
+        tried: set[int] = set()
+        while (index := self._cache.next_source(time.monotonic(), tried)) is not None:
+            tried.add(index)
+            started_at, started_mono = time.time(), time.monotonic()
+            self._cache.attempted(index, started_mono)
+            self.counters["fetches"] += 1
+            problem = self._try(client, index, started_at, started_mono)
+            if problem is None:
+                return
+            self.counters["fetch_errors"] += 1
+            self.counters[f"fetch_{problem}"] += 1
+            _log.warning("no keys from source %d: %s", index, problem)
+        self._cache.failed(time.monotonic())
+
+    def _try(self, client: httpx.Client, index: int, started_at: float, started_mono: float) -> str | None:
+        """One attempt; None if it brought a good set, else a short, stable name of what went wrong."""
+        import httpx
+
+        try:
+            reply = self._get(client, self._urls[index], self._cache.etag(index), started_mono + HTTP_TIMEOUT_S)
+            self._cache.succeeded(index, reply, started_at=started_at, started_mono=started_mono)
+        except httpx.TimeoutException:
+            return "timeout"
+        except httpx.HTTPError:
+            return "unreachable"
+        except JwksError as error:
+            return error.reason.replace(" ", "_")
+        if self._on_change is not None:
+            self._on_change(self._cache.view)
+        return None
+
+    def _get(self, client: httpx.Client, url: str, etag: str | None, deadline_mono: float) -> Fetched:
+        """One request, capped in bytes and in time as a whole; raises ``httpx.HTTPError`` and :class:`JwksError`."""
+        headers = {"If-None-Match": etag} if etag is not None else {}
+        with client.stream("GET", url, headers=headers) as response:
+            if response.status_code not in (200, 304):
+                raise JwksError(f"status_{response.status_code}")
+            body = bytearray()
+            for chunk in response.iter_bytes():
+                body += chunk
+                if len(body) > JWKS_BYTES_MAX:
+                    raise JwksError("too_large")
+                if time.monotonic() > deadline_mono:
+                    raise JwksError("too_slow")
+        return Fetched(
+            body=bytes(body) if response.status_code == 200 else None,
+            etag=response.headers.get("ETag"),
+            max_age_s=_max_age_s(response.headers.get("Cache-Control", "")),
+            generation=_generation(response.headers.get("Trust-Generation")),
+        )
+
+
+def _max_age_s(cache_control: str) -> float | None:
+    """``max-age`` of a Cache-Control header (RFC 9111 section 5.2.2.1), or None."""
+    match = _MAX_AGE.search(cache_control)
+    return float(match[1]) if match else None
+
+
+def _generation(header: str | None) -> Generation | None:
+    if header is None:
+        return None
+    try:
+        return Generation.parse(header)
+    except FormatError:
+        raise JwksError("generation_malformed") from None

@@ -1,0 +1,117 @@
+"""Following the log without a gap: what a batch means, and when to start over. Pure.
+
+A reader holds a position and accepts only its successor. It never forgets entries: whatever is wrong, the answer is to
+keep everything held, read the log again from its first entry, and take the union.
+
+    state        input                                        next
+    ---------    -----------------------------------------    -------------------------------------------
+    no position  first entry of the log                       position there (:meth:`Reader.accept`)
+    at P         entry P + 1, or entry 0 of an epoch that      position there
+                 names P as its predecessor
+    at P         anything else                                :class:`Reread` (``hole`` or ``fork``)
+    at P         a round's meta, epoch and last id            :class:`Reread` if they contradict P
+    re-reading   a gap that is in the log itself              taken over it; the epoch's beats do not count
+
+An entry that cannot be parsed takes its place in the sequence and is counted, so that one poison entry stops nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .log import EPOCH_KIND, Entry, Epoch, FormatError, Meta, Position, parse_stream_id
+
+__all__ = ["Reader", "Reread"]
+
+
+class Reread(Exception):
+    """The log must be read again from its first entry. ``reason`` is stable: it labels a counter."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+Raw = tuple[bytes, Mapping[bytes, bytes]]
+
+
+@dataclass(slots=True)
+class Reader:
+    """One pass over the log. ``tolerant`` is set while re-reading a log that is known to have a hole."""
+
+    meta: Meta
+    epoch: Epoch
+    tolerant: bool = False
+    position: Position | None = None
+    holed_nonce: str | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def accept(self, batch: Iterable[Raw]) -> list[tuple[Position, Entry]]:
+        """The batch's entries with their positions; raises :class:`Reread` and keeps the position before the gap."""
+        accepted: list[tuple[Position, Entry]] = []
+        for stream_id, fields in batch:
+            number, seq = parse_stream_id(stream_id)
+            entry = self._decode(fields)
+            position = Position(number, seq, self._nonce_at(number, seq, entry))
+            self.position = position
+            if entry is not None:
+                accepted.append((position, entry))
+        return accepted
+
+    def _decode(self, fields: Mapping[bytes, bytes]) -> Entry | None:
+        try:
+            return Entry.decode(fields)
+        except FormatError as error:
+            self.skipped.append(error.code)
+            return None
+
+    def _nonce_at(self, number: int, seq: int, entry: Entry | None) -> str:
+        """The nonce of the entry at this place, if the place follows; raises :class:`Reread`."""
+        last = self.position
+        if last is None:
+            return self._first(number, seq, entry)
+        if number == last.epoch:
+            return last.nonce if seq == last.seq + 1 else self._gap("hole", number)
+        if seq != 0 or number < last.epoch or entry is None or entry.kind != EPOCH_KIND:
+            return self._gap("hole", number)
+        nonce, previous = entry.epoch_start()
+        if previous != last:
+            self._gap("fork", number)
+        return nonce
+
+    def _first(self, number: int, seq: int, entry: Entry | None) -> str:
+        trimmed_to = self.meta.trimmed_to
+        if trimmed_to is None:
+            if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
+                return entry.epoch_start()[0]
+            return self._gap("hole", number)
+        if (number, seq) <= trimmed_to:
+            return self._gap("hole", number)
+        if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
+            return entry.epoch_start()[0]
+        if (number, seq) != (trimmed_to[0], trimmed_to[1] + 1):
+            return self._gap("hole", number)
+        nonce = self.epoch.nonce_of(number)
+        return nonce if nonce is not None else self._gap("fork", number)
+
+    def _gap(self, reason: str, number: int) -> str:
+        if not self.tolerant:
+            raise Reread(reason)
+        self.holed_nonce = self.epoch.nonce
+        return self.epoch.nonce_of(number) or "0" * 16
+
+    def check(self, meta: Meta, epoch: Epoch, last_id: tuple[int, int] | None) -> None:
+        """Compare a later round's meta, epoch and last stream id with the position; raises :class:`Reread`."""
+        if meta.incarnation != self.meta.incarnation:
+            raise Reread("incarnation")
+        last = self.position
+        if last is None or last_id is None or last_id < last[:2]:
+            raise Reread("rewind")
+        if epoch.nonce_of(last.epoch) != last.nonce and self.holed_nonce is None:
+            raise Reread("nonce")
+        if meta.trimmed_to is not None and meta.trimmed_to > last[:2]:
+            raise Reread("trimmed")
+        if self.holed_nonce is not None and epoch.nonce != self.holed_nonce:
+            raise Reread("next_epoch")
+        self.meta, self.epoch = meta, epoch

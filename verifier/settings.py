@@ -1,0 +1,201 @@
+"""The verifier's settings: checked once, with errors that name the setting and the fix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import ip_address
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from .decision import PUBLIC_KEY_ALGORITHMS, Rules
+from .errors import ConfigurationError
+from .jwk import HmacKey, JwksError, KeySet
+
+__all__ = ["build_rules", "check_jwks_urls", "environment_settings", "local_keys"]
+
+Secret = str | bytes | tuple[str, str | bytes]
+"""An HS256 secret, or a pair of its ``kid`` and it."""
+
+SECRET_ADVICE: Final = (
+    "use at least 32 random bytes; to move, add a longer secret beside this one, let the issuer sign with it, and "
+    "drop this one when its last token has expired"
+)
+
+
+def invalid(setting: str, expected: str) -> ConfigurationError:
+    """The error for a setting with an impossible value; the value itself is not repeated."""
+    return ConfigurationError("setting_invalid", f"{setting}: {expected}", setting=setting)
+
+
+def hmac_keys(secrets: Iterable[Secret]) -> tuple[HmacKey, ...]:
+    """Check and wrap HS256 secrets; raises :class:`ConfigurationError`."""
+    if isinstance(secrets, str | bytes):
+        raise invalid("hs256_secrets", "expected a list of secrets")
+    keys = []
+    for item in secrets:
+        kid, secret = item if isinstance(item, tuple) else (None, item)
+        raw = secret.encode() if isinstance(secret, str) else bytes(secret)
+        try:
+            keys.append(HmacKey.from_secret(raw, kid))
+        except ValueError as error:
+            code = str(error)
+            text = SECRET_ADVICE if code == "secret_too_short" else "a public key is known to everyone; use a secret"
+            raise ConfigurationError(code, f"hs256_secrets: {text}", setting="hs256_secrets") from None
+    return tuple(keys)
+
+
+def _non_negative(name: str, value: float) -> float:
+    if not 0 <= value < float("inf"):
+        raise invalid(name, "expected a number of seconds, 0 or more")
+    return float(value)
+
+
+def build_rules(
+    *,
+    issuer: str | None,
+    audience: str | Sequence[str] | None,
+    algorithms: Iterable[str],
+    leeway_s: float,
+    max_skew_s: float,
+    drop_grace_s: float,
+    max_token_lifetime_s: float,
+    require_iat: bool,
+    hs256_secrets: Iterable[Secret],
+    hs256_until: float | None,
+) -> Rules:
+    """Check what concerns tokens; raises :class:`ConfigurationError`."""
+    if issuer is not None and not issuer:
+        raise invalid("issuer", "expected the iss of your tokens, or None to accept any issuer")
+    audiences = [audience] if isinstance(audience, str) else audience
+    if audiences is not None and (not audiences or not all(audiences)):
+        raise invalid("audience", "expected this service's aud, a list of them, or None to accept any audience")
+    allowed = frozenset(algorithms)
+    if not allowed or not allowed <= set(PUBLIC_KEY_ALGORITHMS):
+        raise invalid("algorithms", f"expected some of {', '.join(PUBLIC_KEY_ALGORITHMS)}")
+    if _non_negative("leeway_s", leeway_s) < _non_negative("max_skew_s", max_skew_s) + 1:
+        raise invalid("leeway_s", "must be at least max_skew_s + 1, or a fast clock's new tokens are refused")
+    if _non_negative("drop_grace_s", drop_grace_s) < leeway_s + max_skew_s:
+        raise invalid("drop_grace_s", "must be at least leeway_s + max_skew_s, or revocations are forgotten too early")
+    return Rules(
+        issuer=issuer,
+        audiences=None if audiences is None else frozenset(audiences),
+        algorithms=allowed,
+        leeway_s=float(leeway_s),
+        max_token_lifetime_s=_non_negative("max_token_lifetime_s", max_token_lifetime_s),
+        require_iat=require_iat,
+        hs256_keys=hmac_keys(hs256_secrets),
+        hs256_until=hs256_until,
+    )
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return host is not None and ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tuple[str, ...]:
+    """Check the list of sources; raises :class:`ConfigurationError`."""
+    if isinstance(urls, str):
+        raise invalid("jwks_urls", "expected a list of URLs, the own region's first")
+    for url in urls or ():
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise invalid("jwks_urls", "expected https:// URLs without credentials")
+        if parts.scheme == "http" and not allow_insecure_http and not _is_loopback(parts.hostname):
+            message = "jwks_urls: keys over plain http:// can be replaced on the way; use https://, or say "
+            raise ConfigurationError("insecure_url", message + "allow_insecure_http=True", setting="jwks_urls")
+    return tuple(urls or ())
+
+
+def local_keys(document: Mapping[str, Any] | bytes | None) -> KeySet | None:
+    """Read a local JWK set; raises :class:`ConfigurationError`."""
+    if document is None:
+        return None
+    try:
+        return KeySet.from_document(document)
+    except JwksError as error:
+        raise ConfigurationError("jwks_invalid", f"jwks: {error.reason}", setting="jwks") from None
+
+
+# -- the environment ------------------------------------------------------------------------------------------------
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _flag(text: str) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+
+
+_READERS: Final[dict[str, Callable[[str], Any]]] = {
+    "issuer": str,
+    "audience": _list,
+    "jwks_urls": _list,
+    "redis_url": _list,
+    "redis_username": str,
+    "redis_password": str,
+    "region": str,
+    "on_stale": str,
+    "on_unsynced": str,
+    "algorithms": _list,
+    "source_address": str,
+    "require_iat": _flag,
+    "allow_insecure_http": _flag,
+    "token_cache_size": int,
+    "max_staleness_s": float,
+    "leeway_s": float,
+    "token_cache_ttl_s": float,
+    "keys_max_age_s": float,
+    "min_position_wait_s": float,
+    "max_token_lifetime_s": float,
+    "max_skew_s": float,
+    "drop_grace_s": float,
+    "hs256_until": float,
+}
+_NULLABLE: Final = ("issuer", "audience", "jwks_urls", "redis_url", "token_cache_ttl_s", "hs256_until", "region")
+_REQUIRED: Final = ("issuer", "audience", "jwks_urls", "redis_url")
+
+
+def environment_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Constructor arguments from ``JWT_SECRET``, ``REDIS_*`` and ``VERIFIER_<PARAMETER>``.
+
+    The word ``none`` skips a setting that must be named. Raises :class:`ConfigurationError` naming the variable, also
+    for a ``VERIFIER_`` variable that is none of ours: a misspelt setting is not a default.
+    """
+    env = os.environ if environ is None else environ
+    found: dict[str, Any] = {}
+    if env.get("JWT_SECRET"):
+        found["hs256_secrets"] = [env["JWT_SECRET"]]
+    if env.get("REDIS_ADDR"):
+        found["redis_url"] = [f"redis://{env['REDIS_ADDR']}"]
+    for variable, setting in (("REDIS_USERNAME", "redis_username"), ("REDIS_PASSWORD", "redis_password")):
+        if env.get(variable):
+            found[setting] = env[variable]
+    for variable in sorted(name for name in env if name.startswith("VERIFIER_")):
+        found[variable.removeprefix("VERIFIER_").lower()] = _read_variable(variable, env[variable])
+    for setting in _REQUIRED:
+        if setting not in found:
+            also = " or REDIS_ADDR" if setting == "redis_url" else ""
+            message = f"set VERIFIER_{setting.upper()}{also} (or the word none to do without)"
+            raise ConfigurationError("setting_missing", message, setting=setting)
+    return found
+
+
+def _read_variable(variable: str, text: str) -> Any:
+    setting = variable.removeprefix("VERIFIER_").lower()
+    reader = _READERS.get(setting)
+    if reader is None:
+        raise ConfigurationError("setting_invalid", f"{variable} is not a setting of the verifier", setting=setting)
+    if setting in _NULLABLE and text.lower() == "none":
+        return None
+    try:
+        return reader(text)
+    except (ValueError, KeyError):
+        message = f"{variable} cannot be read as {'true or false' if reader is _flag else reader.__name__.strip('_')}"
+        raise ConfigurationError("setting_invalid", message, setting=setting) from None
