@@ -347,7 +347,7 @@ def _connector(
     if password is not None:
         settings["password"] = password
     if source_address is not None and not url.startswith("unix:"):
-        settings.update(bound_connection_kwargs(source_address))
+        settings.update(bound_connection_kwargs(source_address, tls=url.startswith("rediss:")))
     try:
         redis.ConnectionPool.from_url(url, **settings)
     except (ValueError, TypeError):

@@ -252,6 +252,7 @@ class Verifier:
     def start(self) -> Self:
         """Start the background threads; ``verify`` works once :meth:`wait_ready` says so. May be called again."""
         self._running = True
+        self._renew_world()
         for part in (self._client, self._mirror):
             if part is not None:
                 part.start()
@@ -261,8 +262,7 @@ class Verifier:
         """Stop the background threads. Afterwards ``verify`` raises :class:`ConfigurationError`."""
         self._running = False
         self._cache.clear()
-        with self._changing:
-            self._world = self._new_world()
+        self._renew_world()
         for part in (self._client, self._mirror):
             if part is not None:
                 part.close()
@@ -322,9 +322,12 @@ class Verifier:
             wall = 0.0
         world.deadline_wall, world.deadline_mono = wall, mono
 
-    def _keys_changed(self, keys: KeysView) -> None:
+    def _renew_world(self) -> None:
         with self._changing:
             self._world = self._new_world()
+
+    def _keys_changed(self, _keys: KeysView) -> None:
+        self._renew_world()
 
     def _view_changed(self, view: View) -> None:
         with self._changing:
