@@ -21,7 +21,7 @@ from .jwk import HmacKey, KeySet, PublicKey
 from .revocations import Snapshot
 from .token import Header, Parsed, parse, read_payload
 
-__all__ = ["Rules", "UnknownKid", "Verified", "check_revoked", "check_static"]
+__all__ = ["Rules", "UnknownKid", "Verified", "check_kid_revoked", "check_revoked", "check_static"]
 
 PUBLIC_KEY_ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "ES256")
 
@@ -29,11 +29,14 @@ PUBLIC_KEY_ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "ES256")
 class UnknownKid(InvalidToken):
     """Nothing is wrong with the token but that no key has its ``kid``: the key set held may be too old to know it.
 
-    ``iat`` is the unverified time of issue (Unix seconds) that tells how new a key set would have to be.
+    Nothing of it is verified. ``iat`` (Unix seconds) tells how new a key set would have to be, and ``issuer`` and
+    ``kid`` whether the key was revoked.
     """
 
-    def __init__(self, iat: float | None) -> None:
-        self.iat = iat
+    def __init__(self, facts: Facts, kid: str) -> None:
+        self.iat = facts.iat
+        self.issuer = facts.issuer
+        self.kid = kid
         super().__init__("kid_unknown", step=3)
 
 
@@ -117,7 +120,7 @@ def check_static(token: str, rules: Rules, keys: KeySet | None, now: float) -> V
     _check_header(header, rules, now)
     candidates = _keys_for(header, rules, keys)
     if not candidates and header.alg != "HS256":
-        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now).iat)
+        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "")
     key = _check_signature(parsed, candidates)
     members = read_payload(parsed.payload)
     facts = check_claims(members, rules, now)
@@ -126,6 +129,13 @@ def check_static(token: str, rules: Rules, keys: KeySet | None, now: float) -> V
         valid_until = min(valid_until, rules.hs256_until)
     tok = None if facts.jti is not None else hashlib.sha256(parsed.signing_input).hexdigest()
     return Verified(members, facts, header.alg, header.kid or key.kid, key, tok, valid_until)
+
+
+def check_kid_revoked(unknown: UnknownKid, revocations: Snapshot) -> None:
+    """Step 6 for a key that is gone: raises :class:`RevokedToken` if it is gone because it was revoked."""
+    hit = revocations.find(issuer=unknown.issuer, kid=unknown.kid)
+    if hit is not None and hit.kind == "kid":
+        raise RevokedToken(kind=hit.kind, entry_id=hit.entry_id)
 
 
 def check_revoked(verified: Verified, revocations: Snapshot) -> None:

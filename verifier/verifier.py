@@ -29,7 +29,7 @@ import msgspec
 
 from .cache import TokenCache
 from .claims import Claims
-from .decision import UnknownKid, Verified, check_revoked, check_static
+from .decision import UnknownKid, Verified, check_kid_revoked, check_revoked, check_static
 from .errors import ConfigurationError, InvalidToken, RevokedToken, Undecidable
 from .freshness import Staleness
 from .jwk import HmacKey, PublicKey
@@ -408,7 +408,7 @@ class Verifier:
             if hit is not None and hit.valid_from <= now < hit.valid_until and self._still_has(hit.verified, world):
                 verified = hit.verified
             else:
-                hit, verified = None, check_static(token, self._rules, world.keys.keys, now)
+                hit, verified = None, self._check_static(token, world, now)
             check_revoked(verified, world.revocations)
         except InvalidToken as error:
             self._count_refusal(error)
@@ -420,6 +420,14 @@ class Verifier:
         self._cache.put(token, _Hit(world, claims, verified, valid_until))
         self.counters["decided"] += 1
         return claims
+
+    def _check_static(self, token: str, world: _World, now: float) -> Verified:
+        """Steps 1-5; a key that is gone because it was revoked is said so at once, whatever the key set's age."""
+        try:
+            return check_static(token, self._rules, world.keys.keys, now)
+        except UnknownKid as unknown:
+            check_kid_revoked(unknown, world.revocations)
+            raise
 
     def _still_has(self, verified: Verified, world: _World) -> bool:
         """Step 3 again: the very key that verified is in the set (HS256 secrets do not change)."""
