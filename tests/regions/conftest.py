@@ -33,7 +33,7 @@ def _topology_with(lags_ms: dict[tuple[str, str], float], *, default_ms: float =
     return topology.with_ports(pick_free_ports([r.address for r in topology.regions], list(topology.ports)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def topology_with() -> Callable[..., Topology]:
     """`topology_with({("a", "b"): 40}, default_ms=0)`: regions a (primary), b and c with these lags, on free ports."""
     return _topology_with
