@@ -157,8 +157,9 @@ class ReplicaMirror:
         delay_s = RECONNECT_DELAY_MIN_S
         node = 0
         while not self._closing.is_set():
-            client = self._connectors[node]()
+            client: redis.Redis | None = None
             try:
+                client = self._connectors[node]()  # connects
                 self._follow(client)
             except (redis.RedisError, OSError, FormatError, _NotReady) as error:
                 self._lost(error)
@@ -167,8 +168,9 @@ class ReplicaMirror:
                 self.counters["failures"] += 1
                 self._reader = None
             finally:
-                with contextlib.suppress(redis.RedisError, OSError):
-                    client.close()
+                if client is not None:
+                    with contextlib.suppress(redis.RedisError, OSError):
+                        client.close()
             delay_s = RECONNECT_DELAY_MIN_S if self._was_tailing() else min(delay_s * 2, RECONNECT_DELAY_MAX_S)
             if len(self._connectors) > 1:
                 node, self._reader = (node + 1) % len(self._connectors), None
