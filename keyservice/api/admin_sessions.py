@@ -1,0 +1,79 @@
+"""``/admin/sessions``: a login service starts a session after its own check of the user, and ends it at logout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import structlog
+from fastapi import APIRouter, Request, Response
+
+from keyservice.bearer import AdminBearer
+from keyservice.clients import Authenticator
+from keyservice.core.ids import uuid7
+from keyservice.core.revocation import RevocationPolicy, sid_draft
+from keyservice.errors import RequestRefused, StoreError
+from keyservice.granting import Granting
+from keyservice.revoking import Revoker
+from keyservice.sessions import SessionStore
+from verifier.limits import IDENTIFIER_BYTES_MAX
+
+from .body import read_json
+from .problems import json_response
+
+__all__ = ["router"]
+
+SCOPE = "keyservice:sessions:write"
+_log = structlog.get_logger(__name__)
+
+
+class SessionRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Who logged in, by which client, for which audience. Without ``scope`` the client's own."""
+
+    sub: str
+    client_id: str
+    audience: str | list[str]
+    scope: str | None = None
+
+
+def router(
+    bearer: AdminBearer,
+    clients: Authenticator,
+    granting: Granting,
+    sessions: SessionStore,
+    revoker: Revoker,
+    policy: RevocationPolicy,
+    *,
+    session_life_s: float,
+    clock: Callable[[], float],
+) -> APIRouter:
+    """``session_life_s`` is the longest that a session and its last token can live."""
+    routes = APIRouter(prefix="/admin/sessions")
+
+    @routes.post("")
+    async def start(request: Request) -> Response:
+        bearer.check(request.headers.get("authorization"), SCOPE)
+        wanted = await read_json(request, SessionRequest)
+        client = clients.get(wanted.client_id)
+        if client is None:
+            raise RequestRefused("client_unknown", "client_id is not in the clients file")
+        if not 0 < len(wanted.sub.encode()) <= IDENTIFIER_BYTES_MAX:
+            raise RequestRefused("sub_invalid", f"sub has 1 to {IDENTIFIER_BYTES_MAX} bytes")
+        audience = (wanted.audience,) if isinstance(wanted.audience, str) else tuple(wanted.audience)
+        granted = await granting.start_session(client, wanted.sub, audience, wanted.scope)
+        return json_response({**granted.response(), "sid": granted.sid}, 201)
+
+    @routes.delete("/{sid}")
+    async def end(sid: str, request: Request) -> Response:
+        """The revocation first: from then on the session gets nothing more, whether or not its record is there."""
+        bearer.check(request.headers.get("authorization"), SCOPE)
+        now = clock()
+        entry_id = request.headers.get("idempotency-key") or uuid7(now)
+        stored = await revoker.revoke(sid_draft(sid, entry_id, now + session_life_s, policy))
+        try:
+            await sessions.end(sid)
+        except StoreError as error:
+            _log.warning("revoked session not deleted; it expires by itself", code=error.code)
+        return json_response(revoker.receipt(stored), 202)
+
+    return routes

@@ -1,0 +1,210 @@
+"""What a revocation request means: from a caller's words to an entry of the trust log. Pure.
+
+* Nothing that verifies may be refused revocation. ``expires_at`` follows the token's ``exp``; where that is not known,
+  ``max(now, before) + max_token_lifetime_s``. A revoked ``kid`` never expires.
+* Of a token only its identifiers are kept: its ``jti``, or the SHA-256 of ``header.payload``. Its signature is not
+  checked: whoever may revoke may revoke anything.
+* Cut-offs (``sub``, ``client``, ``all``) hit what was issued at or before ``before``, which reaches ``max_skew_s`` into
+  the future, so that a token minted by a fast clock is caught.
+* The same id with the same fields is a retry and gets the stored entry; with other fields it is a conflict. Only what
+  the caller chose is compared: a ``before`` that was filled in here is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from keyservice.errors import RequestRefused
+from verifier.errors import InvalidToken
+from verifier.limits import ENTRY_VALUE_BYTES_MAX
+from verifier.log import CUTOFF_KINDS, EPOCH_KIND, KINDS, NEVER_EXPIRES, Entry, FormatError, Position
+from verifier.token import parse, read_payload
+
+__all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "receipt", "sid_draft"]
+
+_TIME_MAX: Final = 10**13
+"""Unix seconds; anything later is a mistake, and is kept that long at most."""
+
+
+class RevocationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One item of ``POST /admin/revocations``: either ``token``, or ``kind`` and ``value``."""
+
+    token: str | None = None
+    kind: str | None = None
+    value: str | None = None
+    issuer: str | None = None
+    before: int | None = None
+    reason: str = ""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationPolicy:
+    """Times in seconds; ``issuer`` is assumed where the caller names none."""
+
+    issuer: str
+    region: str
+    max_token_lifetime_s: float
+    max_skew_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a caller asked for. ``until`` (Unix seconds) is when the last token concerned expires, if that is known."""
+
+    id: str
+    kind: str
+    issuer: str
+    value: str
+    before: int | None
+    reason: str
+    until: float | None = None
+
+    def same_request(self, entry: Entry) -> bool:
+        """Whether a stored entry is what this caller asks for again."""
+        mine = (self.kind, self.issuer, self.value, self.reason)
+        theirs = (entry.kind, entry.issuer, entry.value, entry.reason)
+        return mine == theirs and self.before in (None, entry.before)
+
+
+def draft(request: RevocationRequest, entry_id: str, now: float, policy: RevocationPolicy) -> Draft:
+    """Check a request; raises :class:`RequestRefused`. ``entry_id`` is used where the request has no id."""
+    chosen = request.id or entry_id
+    if request.token is not None:
+        if (request.kind, request.value, request.issuer, request.before) != (None, None, None, None):
+            raise RequestRefused("request_ambiguous", "give either token, or kind and value")
+        return _token_draft(request.token, chosen, request.reason)
+    if request.kind not in KINDS or request.kind == EPOCH_KIND:
+        raise RequestRefused("kind_unknown", f"kind is one of {', '.join(sorted(KINDS - {EPOCH_KIND}))}")
+    if request.before is not None and request.kind not in CUTOFF_KINDS:
+        raise RequestRefused("before_invalid", f"before belongs to {', '.join(sorted(CUTOFF_KINDS))} only")
+    if request.before is not None and not 0 <= request.before <= now + policy.max_skew_s:
+        raise RequestRefused("before_invalid", "before is a time in Unix seconds that is not in the future")
+    issuer = policy.issuer if request.issuer is None else request.issuer
+    value = _value(request.kind, request.value)
+    return Draft(chosen, request.kind, issuer, value, request.before, request.reason)
+
+
+def _value(kind: str, value: str | None) -> str:
+    if kind == "all":
+        if value:
+            raise RequestRefused("value_invalid", "kind all takes no value")
+        return ""
+    if not value:
+        raise RequestRefused("value_invalid", f"kind {kind} needs a value")
+    if kind == "tok" and (len(value) != 64 or set(value) - set("0123456789abcdef")):
+        raise RequestRefused("value_invalid", "kind tok takes the SHA-256 of header.payload as 64 hex digits")
+    return value
+
+
+def _token_draft(token: str, entry_id: str, reason: str) -> Draft:
+    """The identifiers of a token; raises :class:`RequestRefused` for what no verifier would accept either."""
+    try:
+        parsed = parse(token.strip())
+        members = read_payload(parsed.payload)
+    except InvalidToken as error:
+        raise RequestRefused("token_malformed", f"not a token: {error.code}") from None
+    issuer = members.get("iss", "")
+    if not isinstance(issuer, str):
+        raise RequestRefused("token_malformed", "not a token: claim iss is not a string")
+    kind, value = _identifier(members.get("jti"), parsed.signing_input)
+    return Draft(entry_id, kind, issuer, value, None, reason, _until(members.get("exp")))
+
+
+def _identifier(jti: Any, signing_input: bytes) -> tuple[str, str]:
+    if isinstance(jti, str) and 0 < len(jti.encode()) <= ENTRY_VALUE_BYTES_MAX:
+        return "jti", jti
+    return "tok", hashlib.sha256(signing_input).hexdigest()
+
+
+def _until(exp: Any) -> float | None:
+    if isinstance(exp, bool) or not isinstance(exp, int | float) or not 0 <= exp < _TIME_MAX:
+        return None
+    return float(exp)
+
+
+def sid_draft(sid: str, entry_id: str, until: float, policy: RevocationPolicy) -> Draft:
+    """The end of a session whose last token expires at ``until`` (Unix seconds)."""
+    return Draft(entry_id, "sid", policy.issuer, sid, None, "", until)
+
+
+def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
+    """The entry to append at ``now`` (Unix seconds), its ``at`` still open; raises :class:`RequestRefused`."""
+    before = wanted.before
+    if before is None and wanted.kind in CUTOFF_KINDS:
+        before = math.ceil(now + policy.max_skew_s)
+    if wanted.kind == "kid":
+        expires_at = NEVER_EXPIRES
+    elif wanted.until is not None:
+        expires_at = max(1, math.ceil(wanted.until))
+    else:
+        expires_at = math.ceil(max(now, before or 0) + policy.max_token_lifetime_s)
+    entry = Entry(
+        wanted.id, wanted.kind, wanted.issuer, wanted.value, before, expires_at, wanted.reason, 0, policy.region
+    )
+    try:
+        return entry.check()
+    except FormatError as error:
+        raise RequestRefused(error.code, str(error).partition(": ")[2]) from None
+
+
+class Stored(NamedTuple):
+    """An entry and where it stands in the log."""
+
+    entry: Entry
+    position: Position
+
+
+def receipt(stored: Stored, regions: Sequence[str]) -> dict[str, Any]:
+    """What the caller gets. Nothing vouches for other regions' storage yet, so nothing is claimed of them."""
+    return {
+        "id": stored.entry.id,
+        "position": str(stored.position),
+        "durability": "pending",
+        "regions": dict.fromkeys(regions, False),
+    }
+
+
+class EntryIndex:
+    """Every entry of the log by id, in memory; the first one under an id stays. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Stored] = {}
+
+    def add(self, entries: Iterable[tuple[Position, Entry]]) -> None:
+        """Take over entries; those already held change nothing."""
+        with self._lock:
+            for position, entry in entries:
+                if entry.kind != EPOCH_KIND:
+                    self._by_id.setdefault(entry.id, Stored(entry, position))
+
+    def get(self, entry_id: str) -> Stored | None:
+        """The entry under this id, or None."""
+        return self._by_id.get(entry_id)
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def newest(self, where: Callable[[Entry], bool]) -> Iterator[Stored]:
+        """Entries that satisfy ``where``, the last appended first."""
+        with self._lock:
+            held = list(self._by_id.values())
+        held.sort(key=lambda stored: stored.position[:2], reverse=True)
+        return (stored for stored in held if where(stored.entry))
+
+    def drop_expired(self, limit: float) -> None:
+        """Forget entries whose ``expires_at`` lies before ``limit`` (Unix seconds)."""
+        with self._lock:
+            self._by_id = {
+                entry_id: stored
+                for entry_id, stored in self._by_id.items()
+                if stored.entry.expires_at == NEVER_EXPIRES or stored.entry.expires_at > limit
+            }

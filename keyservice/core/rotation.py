@@ -1,0 +1,181 @@
+"""The life of a signing key, decided from stored times. Pure: records and ``now`` in, changed records out.
+
+    prepared ──► published ──► active ──► retiring ──► removed          compromised: from any state before removed
+                     (in every JWKS from here ... to here)
+
+* prepared: the wrapped private key is stored, nobody has seen the public half.
+* published: in every region's JWKS; signs nothing. One such standby per region is always there.
+* active: signs. Every region has one; the others verify.
+* retiring: signs no more, still verifies what it signed.
+* removed, compromised: in no JWKS, for good.
+
+Rules:
+
+1. A state only moves forward, and a key leaves the JWKS only because its record says so.
+2. A standby becomes active by plan only when ``publish_lead_s`` has passed since it was published, so that everybody
+   who reads a JWKS has seen it. Where a region has no active key (its very first, or a revoked one), waiting would
+   only add an outage to it: the oldest standby becomes active at once.
+3. A retiring key is removed only when the last token that it can have signed has expired everywhere.
+4. A key whose private half is missing is never activated, and never replaced by a new one: that is for an operator.
+5. The decision is idempotent: applied, it decides nothing more but to create a missing standby.
+
+Times are integer Unix seconds, rounded up, so that rounding never shortens a wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+import msgspec
+
+__all__ = ["PUBLISHED_STATES", "Decision", "KeyRecord", "Policy", "State", "activates_at", "decide", "merge", "prepare"]
+
+State = Literal["prepared", "published", "active", "retiring", "removed", "compromised"]
+STATES: Final[tuple[State, ...]] = ("prepared", "published", "active", "retiring", "removed", "compromised")
+PUBLISHED_STATES: Final[frozenset[State]] = frozenset({"published", "active", "retiring"})
+"""The states in which a key is in the JWKS."""
+
+_LIVE: Final = ("prepared", "published", "active", "retiring")
+
+
+class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The public record of a key, as it stands in ``{trust}:keys``. Times are Unix seconds, None until they happen."""
+
+    v: int = 1
+    kid: str
+    region: str
+    alg: str
+    jwk: dict[str, str]
+    state: State
+    rev: int
+    prepared_at: int | None = None
+    published_at: int | None = None
+    active_at: int | None = None
+    retiring_at: int | None = None
+    removed_at: int | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Of two records of one key, the greater one is the later."""
+        return STATES.index(self.state), self.rev
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When things happen, in seconds. ``removal_delay_s`` counts from ``retiring_at``."""
+
+    rotation_interval_s: float
+    publish_lead_s: float
+    removal_delay_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``changes`` are whole new records, to be written all at once; ``create`` asks for one new prepared key."""
+
+    changes: tuple[KeyRecord, ...] = ()
+    create: bool = False
+
+
+def prepare(kid: str, region: str, alg: str, jwk: dict[str, str], now: float) -> KeyRecord:
+    """The record of a new key."""
+    return KeyRecord(kid=kid, region=region, alg=alg, jwk=jwk, state="prepared", rev=0, prepared_at=math.ceil(now))
+
+
+def merge(held: Mapping[str, KeyRecord], read: Iterable[KeyRecord]) -> dict[str, KeyRecord]:
+    """The union of two sets: of each key the furthest state, then the higher ``rev``."""
+    merged = dict(held)
+    for record in read:
+        known = merged.get(record.kid)
+        if known is None or record.order > known.order:
+            merged[record.kid] = record
+    return merged
+
+
+def _moved(record: KeyRecord, state: State, now: float) -> KeyRecord:
+    moved = msgspec.structs.replace(record, state=state, rev=record.rev + 1)
+    stamp = f"{state}_at"
+    return msgspec.structs.replace(moved, **{stamp: math.ceil(now)}) if stamp in record.__struct_fields__ else moved
+
+
+@dataclass(slots=True)
+class _Keys:
+    """One region's records while a decision is made."""
+
+    now: float
+    held: dict[str, KeyRecord]
+    before: dict[str, KeyRecord] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = dict(self.held)
+
+    def of(self, *states: State) -> list[KeyRecord]:
+        """The keys in these states, the one that got there first in front."""
+        found = [record for record in self.held.values() if record.state in states]
+        return sorted(found, key=lambda record: (record.published_at or record.prepared_at or 0, record.kid))
+
+    def move(self, record: KeyRecord, state: State) -> None:
+        self.held[record.kid] = _moved(record, state, self.now)
+
+    def changes(self) -> tuple[KeyRecord, ...]:
+        return tuple(record for kid, record in self.held.items() if record != self.before[kid])
+
+
+def decide(
+    records: Mapping[str, KeyRecord],
+    region: str,
+    now: float,
+    policy: Policy,
+    *,
+    usable: Collection[str],
+    revoked: Collection[str] = (),
+    rotate_kid: str | None = None,
+) -> Decision:
+    """What the rotator of ``region`` does at ``now`` (Unix seconds).
+
+    ``usable`` are the kids whose private half is at hand, ``revoked`` those that the trust log revokes, and
+    ``rotate_kid`` is the active key that somebody asked to replace before its time.
+    """
+    keys = _Keys(now, {kid: record for kid, record in records.items() if record.region == region})
+    for record in keys.of(*_LIVE):
+        if record.kid in revoked:
+            keys.move(record, "compromised")
+    for record in keys.of("retiring"):
+        if now >= (record.retiring_at or 0) + policy.removal_delay_s:
+            keys.move(record, "removed")
+    for record in keys.of("prepared"):
+        keys.move(record, "published")
+    _keep_one_active(keys)
+    _activate(keys, policy, usable, rotate_kid)
+    return Decision(keys.changes(), create=not keys.of("published"))
+
+
+def _keep_one_active(keys: _Keys) -> None:
+    """Two can be active only after a merge of two histories: the newest goes on."""
+    active = sorted(keys.of("active"), key=lambda record: (record.active_at or 0, record.kid))
+    for record in active[:-1]:
+        keys.move(record, "retiring")
+
+
+def _activate(keys: _Keys, policy: Policy, usable: Collection[str], rotate_kid: str | None) -> None:
+    standbys = [record for record in keys.of("published") if record.kid in usable]
+    active = keys.of("active")
+    if not active:
+        if standbys:
+            keys.move(standbys[0], "active")
+        return
+    current = active[0]
+    due = current.kid == rotate_kid or keys.now >= (current.active_at or 0) + policy.rotation_interval_s
+    seen = [record for record in standbys if keys.now >= (record.published_at or 0) + policy.publish_lead_s]
+    if due and seen:
+        keys.move(seen[0], "active")
+        keys.move(current, "retiring")
+
+
+def activates_at(records: Mapping[str, KeyRecord], region: str, policy: Policy) -> int | None:
+    """When (Unix seconds) a requested rotation of ``region`` can happen at the earliest; None without a standby."""
+    published = [r.published_at or 0 for r in records.values() if r.region == region and r.state == "published"]
+    return math.ceil(min(published) + policy.publish_lead_s) if published else None

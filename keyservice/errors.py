@@ -1,0 +1,122 @@
+"""What can go wrong in the key service, split by what the caller can do about it.
+
+    KeyserviceError
+    ├── SettingError          a setting is missing or wrong: the process does not start (exit 2)
+    ├── StartError            the settings are fine, but the process could not run (exit 4)
+    ├── StoreError            Redis
+    │   ├── PrimaryUnreachable    nothing was sent, so nothing happened: retry
+    │   ├── OutcomeUnknown        sent, but no reply came: it may have happened; retry with the same id
+    │   ├── Refused               a script's check said no, by name: nothing happened
+    │   └── WaitingForBootstrap   there is no trust log yet, and another region is to start it
+    ├── EnvelopeError         a wrapped private key cannot be opened
+    ├── SigningUnavailable    no token can be signed now, by name
+    ├── RequestRefused        the request's fault: an HTTP 4xx
+    └── OAuthError            the same on /oauth2/*, with a code of RFC 6749
+
+Every error has a stable ``code``. No message ever holds a token, a secret, a password or a URL with one in it.
+The HTTP shapes are made in :mod:`keyservice.api.problems`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = [
+    "EXIT_CANNOT_RUN",
+    "EXIT_USAGE",
+    "EnvelopeError",
+    "KeyserviceError",
+    "OAuthError",
+    "OutcomeUnknown",
+    "PrimaryUnreachable",
+    "Refused",
+    "RequestRefused",
+    "SettingError",
+    "SigningUnavailable",
+    "StartError",
+    "StoreError",
+    "WaitingForBootstrap",
+]
+
+EXIT_USAGE: Final = 2
+"""Wrong usage, or a setting that is missing or wrong."""
+
+EXIT_CANNOT_RUN: Final = 4
+"""The settings are fine; something outside is not: Redis, a port, the key-encryption key."""
+
+
+class KeyserviceError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code: str = code
+        super().__init__(message)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(code={self.code!r})"
+
+
+class SettingError(KeyserviceError):
+    """A setting is missing or wrong; the message names the variable and the fix."""
+
+
+class StartError(KeyserviceError):
+    """The process could not run."""
+
+
+class StoreError(KeyserviceError):
+    """Redis did not do what was asked."""
+
+
+class PrimaryUnreachable(StoreError):
+    """Nothing was sent: the primary refused the connection, or is not one."""
+
+    def __init__(
+        self, message: str = "the primary Redis cannot be reached", *, code: str = "primary_unreachable"
+    ) -> None:
+        super().__init__(code, message)
+
+
+class OutcomeUnknown(StoreError):
+    """A write was sent and no reply came. Never to be reported as failed."""
+
+    def __init__(self) -> None:
+        super().__init__("outcome_unknown", "sent to the primary, but no reply came; a retry with the same id is safe")
+
+
+class Refused(StoreError):
+    """The server answered with an error; ``code`` is its first word (``TRUST_EPOCH``, ``NOPERM``, …)."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(code, f"refused by the server: {code}")
+
+
+class WaitingForBootstrap(StoreError):
+    """The server holds no trust log, and it is for another region to start one."""
+
+    def __init__(self) -> None:
+        super().__init__("waiting_for_bootstrap", "the bootstrap region has not started the trust log yet")
+
+
+class EnvelopeError(KeyserviceError):
+    """``kek_mismatch`` (wrapped under another key-encryption key) or ``envelope_invalid`` (altered or foreign)."""
+
+
+class SigningUnavailable(KeyserviceError):
+    """No token can be signed now: HTTP 503."""
+
+
+class RequestRefused(KeyserviceError):
+    """The request cannot be carried out as it is. ``status`` is the HTTP status (4xx)."""
+
+    def __init__(self, code: str, message: str, *, status: int = 422) -> None:
+        self.status: int = status
+        super().__init__(code, message)
+
+
+class OAuthError(KeyserviceError):
+    """RFC 6749 section 5.2. ``code`` is its ``error``; ``status`` the HTTP status."""
+
+    def __init__(self, code: str, description: str, *, status: int = 400) -> None:
+        self.status: int = status
+        super().__init__(code, description)

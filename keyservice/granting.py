@@ -1,0 +1,152 @@
+"""Granting tokens: who may get which, for the token endpoint and for sessions.
+
+``client_credentials`` needs nothing but memory. Sessions and refresh tokens live on the primary; before a refresh token
+is consumed, its session is checked against the revocations in memory, so a revoked session or subject gets nothing even
+where its record is still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from verifier.revocations import Snapshot
+
+from .clients import Client
+from .core.sessions import RefreshToken, Session, narrowed_scope, new_sid
+from .errors import OAuthError, RequestRefused
+from .issuing import Grant, Issuer
+from .limits import AUDIENCES_MAX, SCOPE_CHARS_MAX
+from .sessions import SessionStore
+from .telemetry import Metrics
+
+__all__ = ["Granted", "Granting"]
+
+_USED: Final = "the refresh token is unknown, expired, revoked or was used before"
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A token and what belongs to it."""
+
+    access_token: str
+    expires_in: int
+    scope: str
+    sid: str | None = None
+    refresh_token: RefreshToken | None = None
+
+    def response(self) -> dict[str, str | int]:
+        """RFC 6749 section 5.1."""
+        body: dict[str, str | int] = {
+            "access_token": self.access_token,
+            "token_type": "Bearer",
+            "expires_in": self.expires_in,
+        }
+        if self.scope:
+            body["scope"] = self.scope
+        if self.refresh_token is not None:
+            body["refresh_token"] = self.refresh_token.reveal()
+        return body
+
+
+class Granting:
+    """Decides and signs. ``snapshot`` gives the revocations known now."""
+
+    def __init__(
+        self,
+        issuer: Issuer,
+        sessions: SessionStore,
+        metrics: Metrics,
+        *,
+        issuer_name: str,
+        session_ttl_s: int,
+        clock: Callable[[], float],
+        snapshot: Callable[[], Snapshot],
+    ) -> None:
+        self._issuer = issuer
+        self._sessions = sessions
+        self._metrics = metrics
+        self._issuer_name = issuer_name
+        self._session_ttl_s = session_ttl_s
+        self._clock = clock
+        self._snapshot = snapshot
+
+    def client_credentials(self, client: Client, audience: str | None, scope: str | None) -> Granted:
+        """RFC 6749 section 4.4. Without ``audience`` the client must have just one; without ``scope`` it gets all."""
+        if audience is None and len(client.audiences) > 1:
+            raise OAuthError("invalid_request", f"audience is needed: one of {', '.join(client.audiences)}")
+        chosen = audience or client.audiences[0]
+        if chosen not in client.audiences:
+            raise OAuthError("invalid_target", "the client may not have this audience")  # RFC 8707 section 2
+        granted = narrowed_scope(" ".join(client.scopes), scope)
+        if granted is None:
+            raise OAuthError("invalid_scope", "the client may not have this scope")
+        grant = Grant(client.client_id, client.client_id, (chosen,), granted, self._after(None, client.client_id))
+        return self._issue(grant, client, "client_credentials")
+
+    async def start_session(self, client: Client, sub: str, audience: tuple[str, ...], scope: str | None) -> Granted:
+        """A session for somebody whom the caller has identified. Raises :class:`RequestRefused`, StoreError."""
+        granted = narrowed_scope(" ".join(client.scopes), scope)
+        if granted is None or len(granted) > SCOPE_CHARS_MAX:
+            raise RequestRefused("scope_not_allowed", "the client may not have this scope")
+        if not 0 < len(audience) <= AUDIENCES_MAX or not set(audience) <= set(client.audiences):
+            raise RequestRefused("audience_not_allowed", "the client may not have this audience")
+        now = int(self._clock())
+        session = Session(
+            sid=new_sid(),
+            sub=sub,
+            client_id=client.client_id,
+            audience=audience,
+            scope=granted,
+            created_at=now,
+            expires_at=now + self._session_ttl_s,
+            after=self._after(sub, client.client_id),
+        )
+        issued = self._issue(
+            self._grant(session, granted), client, "session"
+        )  # first: a session without a token is no use
+        token = RefreshToken.new(session.sid)
+        await self._sessions.start(session, token)
+        return Granted(issued.access_token, issued.expires_in, granted, session.sid, token)
+
+    async def refresh(self, client: Client, presented: str, scope: str | None) -> Granted:
+        """RFC 6749 section 6, with rotation: the token is consumed and replaced in one step. Raises StoreError."""
+        old = RefreshToken.parse(presented)
+        session = await self._sessions.get(old.sid) if old is not None else None
+        if old is None or session is None or not self._alive(session, client):
+            raise OAuthError("invalid_grant", _USED)
+        granted = narrowed_scope(session.scope, scope)
+        if granted is None:
+            raise OAuthError("invalid_scope", "more than the session was given")
+        issued = self._issue(self._grant(session, granted), client, "refresh_token")
+        new = RefreshToken.new(session.sid)
+        if not await self._sessions.replace_token(old, new):
+            raise OAuthError("invalid_grant", _USED)
+        return Granted(issued.access_token, issued.expires_in, granted, session.sid, new)
+
+    def _alive(self, session: Session, client: Client) -> bool:
+        if session.client_id != client.client_id or self._clock() >= session.expires_at:
+            return False
+        hit = self._snapshot().find(
+            issuer=self._issuer_name,
+            sid=session.sid,
+            sub=session.sub,
+            client_id=session.client_id,
+            iat=session.created_at,
+            after=session.after,
+        )
+        return hit is None
+
+    def _grant(self, session: Session, scope: str) -> Grant:
+        after = self._after(session.sub, session.client_id)
+        return Grant(session.sub, session.client_id, session.audience, scope, after, session.sid)
+
+    def _after(self, sub: str | None, client_id: str) -> tuple[str, ...]:
+        """The live cut-offs that this token comes after, so that they do not hit it."""
+        return self._snapshot().live_cutoffs(self._issuer_name, sub or client_id, client_id, self._clock())
+
+    def _issue(self, grant: Grant, client: Client, kind: str) -> Granted:
+        token = self._issuer.issue(grant, client.token_alg)
+        self._metrics.tokens.labels(kind, client.token_alg).inc()
+        return Granted(token, self._issuer.ttl_s, grant.scope, grant.sid)

@@ -1,0 +1,106 @@
+"""Access tokens (RFC 9068): the claims, and signing them with what is held in memory.
+
+New tokens are RS256 with ``typ`` at+jwt and a ``kid``. A client that is pinned to HS256 gets the old form: ``typ`` JWT,
+no ``kid``, signed with the shared secret. python-jose signs; nothing here verifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from jose import jwt
+from jose.backends.cryptography_backend import CryptographyRSAKey
+
+from .core.ids import uuid7
+from .envelope import Sealed
+from .errors import SigningUnavailable
+
+__all__ = ["Grant", "Issuer", "SharedSecret", "SigningKey"]
+
+
+class SigningKey(Sealed):
+    """A private key ready to sign, and its ``kid``."""
+
+    __slots__ = ("_key", "kid")
+
+    def __init__(self, kid: str, private_pem: bytes) -> None:
+        self.kid: Final = kid
+        self._key = CryptographyRSAKey(private_pem, "RS256")
+
+    def sign(self, claims: dict[str, Any]) -> str:
+        """The compact token."""
+        return str(jwt.encode(claims, self._key, "RS256", headers={"typ": "at+jwt", "kid": self.kid}))
+
+
+class SharedSecret(Sealed):
+    """The secret of HS256 tokens."""
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def sign(self, claims: dict[str, Any]) -> str:
+        """The compact token."""
+        return str(jwt.encode(claims, self._secret, "HS256"))
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a token is to say. ``after`` names the live cut-offs that do not hit it."""
+
+    sub: str
+    client_id: str
+    audience: tuple[str, ...]
+    scope: str
+    after: tuple[str, ...] = ()
+    sid: str | None = None
+
+
+class Issuer:
+    """Makes access tokens for one issuer. ``signing_key`` and ``gate`` raise :class:`SigningUnavailable`."""
+
+    def __init__(
+        self,
+        issuer: str,
+        ttl_s: int,
+        *,
+        clock: Callable[[], float],
+        signing_key: Callable[[], SigningKey],
+        gate: Callable[[], None],
+        shared_secret: SharedSecret | None,
+    ) -> None:
+        self._issuer = issuer
+        self._clock = clock
+        self._signing_key = signing_key
+        self._gate = gate
+        self._shared_secret = shared_secret
+        self.ttl_s: Final = ttl_s
+
+    def issue(self, grant: Grant, alg: str = "RS256") -> str:
+        """A signed access token; raises :class:`SigningUnavailable`."""
+        self._gate()
+        claims = self.claims(grant)
+        if alg == "HS256":
+            if self._shared_secret is None:
+                raise SigningUnavailable("hs256_secret_missing", "JWT_SECRET is not set")
+            return self._shared_secret.sign(claims)
+        return self._signing_key().sign(claims)
+
+    def claims(self, grant: Grant) -> dict[str, Any]:
+        """RFC 9068 section 2.2; ``aud`` is a string where there is one audience (RFC 7519 section 4.1.3)."""
+        now = self._clock()
+        issued_at = int(now)
+        claims: dict[str, Any] = {
+            "iss": self._issuer,
+            "sub": grant.sub,
+            "aud": grant.audience[0] if len(grant.audience) == 1 else list(grant.audience),
+            "client_id": grant.client_id,
+            "iat": issued_at,
+            "exp": issued_at + self.ttl_s,
+            "jti": uuid7(now),
+        }
+        optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after)}
+        return {**claims, **{name: value for name, value in optional.items() if value}}

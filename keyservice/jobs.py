@@ -1,0 +1,183 @@
+"""What runs beside the requests, in every instance alike.
+
+* the beat: an asyncio task, several times a second; it also compares the clocks;
+* the key poll: an asyncio task that asks the region's replica for the key set's generation, and reads it if changed;
+* the rotator: an APScheduler job, and at once when one of the region's keys is revoked.
+
+Each goes on for ever: an outage is counted and shown, and ends no task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+import structlog
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from redis.exceptions import RedisError
+
+from verifier.log import EPOCH_KEY, Generation
+
+from .errors import StoreError
+from .keyring import Keyring
+from .limits import BEAT_TIMEOUT_S, KEYS_POLL_S, SKEW_PROBE_S
+from .rotator import Rotator
+from .store import Node
+from .telemetry import Metrics
+from .trust import TrustLog, read_keys
+
+__all__ = ["Beats", "KeyPoll", "RotationJob"]
+
+_log: Final = structlog.get_logger(__name__)
+
+
+class Beats:
+    """Beats in the current epoch, and knows how far this machine's clock is from the primary's."""
+
+    def __init__(
+        self, trust: TrustLog, metrics: Metrics, *, interval_ms: int, max_skew_s: float, clock: Callable[[], float]
+    ) -> None:
+        self._trust = trust
+        self._metrics = metrics
+        self._interval_ms = interval_ms
+        self._max_skew_s = max_skew_s
+        self._clock = clock
+        self.skew_s: float | None = None
+        """Own clock minus the primary's, measured at the last answer; None before the first."""
+        self.problem: str | None = "not_started"
+        """Why the last beat did not get through, or None."""
+
+    @property
+    def clock_skewed(self) -> bool:
+        """Whether the clocks differ by more than ``max_skew_s``: then neither beat nor sign."""
+        return self.skew_s is not None and abs(self.skew_s) > self._max_skew_s
+
+    async def run(self) -> None:
+        """Beat until cancelled."""
+        while True:
+            started_mono = time.monotonic()
+            await self.once()
+            pause_s = SKEW_PROBE_S if self.clock_skewed else self._interval_ms / 1000
+            await asyncio.sleep(max(0.0, started_mono + pause_s - time.monotonic()))
+
+    async def once(self) -> None:
+        """One round: measure the clocks, and beat if they agree."""
+        try:
+            async with asyncio.timeout(BEAT_TIMEOUT_S):
+                outcome = await self._measure_and_beat()
+        except TimeoutError:
+            outcome = self._fail("timeout")
+        except StoreError as error:
+            outcome = self._fail(error.code)
+        self._metrics.beats.labels(outcome).inc()
+        self._metrics.primary_up.set(self.problem is None)
+
+    async def _measure_and_beat(self) -> str:
+        if self.skew_s is None or self.clock_skewed:
+            sent_at = self._clock()
+            self._compare(sent_at, await self._trust.server_ms())
+        if self.clock_skewed:
+            return self._fail("clock_skew")
+        sent_at = self._clock()
+        written, server_ms = await self._trust.beat(self._interval_ms)
+        self._compare(sent_at, server_ms)
+        if self.problem is not None:
+            _log.info("beating", written=written)
+            self.problem = None
+        return "written" if written else "young_enough"
+
+    def _compare(self, sent_at: float, server_ms: int) -> None:
+        self.skew_s = (sent_at + self._clock()) / 2 - server_ms / 1000
+        self._metrics.skew.set(self.skew_s)
+
+    def _fail(self, code: str) -> str:
+        if code != self.problem:
+            _log.warning("no beat", code=code)
+        self.problem = code
+        return code
+
+
+class KeyPoll:
+    """Keeps the keyring as new as the region's replica."""
+
+    def __init__(self, replica: Node, ring: Keyring, metrics: Metrics, *, region: str) -> None:
+        self._replica = replica
+        self._ring = ring
+        self._metrics = metrics
+        self._region = region
+        self._taken: object = None
+        self.problem: str | None = None
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        while True:
+            await self.once()
+            await asyncio.sleep(KEYS_POLL_S)
+
+    async def once(self) -> None:
+        """Take over the keys if the generation is another one than the last time."""
+        try:
+            version = await self._replica.redis.hmget(EPOCH_KEY, ["number", "nonce", "keys_n"])
+            if version != self._taken or self._ring.missing_private:
+                view = await read_keys(self._replica, self._region)
+                await self._ring.take(view)
+                self._taken = version
+                self._show(view.generation)
+            self.problem = None
+        except (StoreError, RedisError, OSError) as error:
+            code = error.code if isinstance(error, StoreError) else "replica_unreachable"
+            if code != self.problem:
+                _log.warning("key set not read", code=code)
+            self.problem = code
+
+    def _show(self, generation: Generation) -> None:
+        self._metrics.generation.set(generation.n)
+        self._metrics.keys.clear()
+        for record in self._ring.records.values():
+            self._metrics.keys.labels(record.region, record.state).inc()
+
+
+class RotationJob:
+    """Runs the rotator by schedule, and now when asked to."""
+
+    def __init__(self, rotator: Rotator, metrics: Metrics, *, tick_s: float) -> None:
+        self._rotator = rotator
+        self._metrics = metrics
+        self._tick_s = tick_s
+        self._scheduler = AsyncIOScheduler(timezone="UTC")
+        self._now: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Schedule it; to be called on the event loop."""
+        self._scheduler.add_job(
+            self.once, "interval", seconds=self._tick_s, id="rotate", coalesce=True, max_instances=1
+        )
+        self._scheduler.start()
+        self.wake()
+
+    def wake(self) -> None:
+        """Run once more, soon; to be called on the event loop."""
+        task = asyncio.get_running_loop().create_task(self.once())
+        self._now.add(task)
+        task.add_done_callback(self._now.discard)
+
+    async def once(self) -> None:
+        """One run; an outage is the next run's business."""
+        try:
+            await self._rotator.tick()
+            outcome = self._rotator.problem or "done"
+        except StoreError as error:
+            outcome = error.code
+        self._metrics.rotation_runs.labels(outcome).inc()
+
+    async def stop(self) -> None:
+        """End the schedule and whatever runs."""
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
+        for task in list(self._now):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

@@ -1,0 +1,92 @@
+"""Every limit of the key service, each with its reason. They are not settings: settings live in ``settings.py``."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# -- requests -------------------------------------------------------------------------------------------------------
+
+BODY_BYTES_MAX: Final = 65_536
+"""A form or a JSON object with one token (16 KiB) in it, with room for escapes."""
+
+BULK_BODY_BYTES_MAX: Final = 16_777_216
+"""10,000 revocations with the longest values and reasons (256 bytes each), escaped."""
+
+BULK_REVOCATIONS_MAX: Final = 10_000
+"""About 20 ms of the primary's time in scripts of 1,000; more is several requests."""
+
+FORM_FIELDS_MAX: Final = 32
+"""RFC 6749 requests have fewer than ten parameters."""
+
+CLIENT_ID_CHARS_MAX: Final = 256
+"""A client id is a revocation value, which has at most 256 bytes."""
+
+CLIENT_SECRET_CHARS_MAX: Final = 1_024
+"""Bounds what an unauthenticated caller can make Argon2 hash."""
+
+SCOPE_CHARS_MAX: Final = 4_096
+"""A scope ends up in a token, which travels in an HTTP header of 8 to 16 KiB."""
+
+AUDIENCES_MAX: Final = 16
+"""Of one token, for the same reason."""
+
+LIST_PAGE_MAX: Final = 1_000
+"""Revocations in one answer of ``GET /admin/revocations``."""
+
+# -- Redis ----------------------------------------------------------------------------------------------------------
+
+APPEND_ENTRIES_MAX: Final = 1_000
+"""Entries in one script call: 1.9 ms of the primary's time (10,000 would be 20 ms, in which no replica gets a beat)."""
+
+PRIMARY_TIMEOUT_S: Final = 2.0
+"""Reply time-out of a write: ten round trips over a 90 ms link."""
+
+CONNECT_TIMEOUT_S: Final = 2.0
+"""A new connection over a 90 ms link costs about five round trips."""
+
+CONNECTIONS_MAX: Final = 256
+"""In one pool; far below the server's own limit of 10,000."""
+
+SCRIPT_ATTEMPTS_MAX: Final = 4
+"""Bump once, re-read once, and lose one race of each."""
+
+KEYS_POLL_S: Final = 0.25
+"""How often the region's replica is asked for the key set's generation; part of the publish lead."""
+
+BEAT_TIMEOUT_S: Final = 2.0
+"""A beat that takes longer is given up; the next one opens a new connection."""
+
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+RSA_BITS: Final = 2_048
+"""RFC 7518 section 3.3 requires 2048 bits or more for RS256; more doubles the cost of every verification."""
+
+ROTATION_STEPS_MAX: Final = 8
+"""Steps that one tick may take: create, publish, activate, create the next standby, and lost races."""
+
+# -- client authentication ------------------------------------------------------------------------------------------
+
+ARGON2_TIME_COST: Final = 2
+ARGON2_MEMORY_KIB: Final = 19_456
+ARGON2_PARALLELISM: Final = 1
+"""OWASP's parameters for Argon2id: 19 MiB, 2 passes, 1 lane; about 20 ms."""
+
+ARGON2_THREADS: Final = 2
+"""Hashes at one time, so that guessing secrets cannot take all the memory."""
+
+ARGON2_WAITING_MAX: Final = 64
+"""Verifications that may wait for a thread; more are answered 503 at once."""
+
+VERIFIED_SECRETS_MAX: Final = 1_024
+"""Recently verified client secrets kept as keyed hashes."""
+
+VERIFIED_SECRET_TTL_S: Final = 300.0
+"""After this a secret is hashed again."""
+
+# -- process --------------------------------------------------------------------------------------------------------
+
+SHUTDOWN_GRACE_S: Final = 5
+"""Requests under way get this long after SIGTERM."""
+
+SKEW_PROBE_S: Final = 1.0
+"""How often the clock is compared with the primary's while they disagree."""

@@ -1,0 +1,188 @@
+"""The rotator: reads the region's keys from the primary, lets :mod:`keyservice.core.rotation` decide, and writes.
+
+Every instance of a region runs it. The decision is made on what was read and written by compare-and-set on exactly
+that: whoever loses the race reads again and decides again, so two rotators do what one would. The private half is
+stored before the public record; one that is found without a record (its writer died in between, or lost the race)
+becomes the next key instead of a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+
+from . import keyring
+from .core import rotation
+from .core.rotation import KeyRecord, Policy
+from .envelope import Kek
+from .errors import EnvelopeError, Refused
+from .keyring import FINAL_STATES, Keyring, NewKey
+from .limits import ROTATION_STEPS_MAX
+from .store import Node
+from .trust import KeysView, TrustLog, private_key_name, read_keys
+
+__all__ = ["RotationRequest", "Rotator"]
+
+_log = structlog.get_logger(__name__)
+
+
+class _Requested(msgspec.Struct, frozen=True):
+    """A wish for rotation, in ``{ks}:rotation:<region>``: it is fulfilled when ``kid`` is no longer the active key."""
+
+    kid: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotationRequest:
+    """What became of a wish for rotation. ``activates_at`` is in Unix seconds, None if it has happened."""
+
+    region: str
+    replaced: str
+    active: str
+    activates_at: int | None
+
+
+class Rotator:
+    """Moves the keys of one region on. ``changed()`` is called after the primary's records were changed."""
+
+    def __init__(
+        self,
+        primary: Node,
+        trust: TrustLog,
+        ring: Keyring,
+        kek: Kek,
+        policy: Policy,
+        *,
+        region: str,
+        clock: Callable[[], float],
+        is_revoked: Callable[[str], bool],
+        executor: Executor,
+    ) -> None:
+        self._primary = primary
+        self._trust = trust
+        self._ring = ring
+        self._kek = kek
+        self._policy = policy
+        self._region = region
+        self._clock = clock
+        self._is_revoked = is_revoked
+        self._executor = executor
+        self._lock = asyncio.Lock()
+        self.problem: str | None = None
+
+    async def tick(self) -> KeysView:
+        """Decide and act until nothing is left to do; the keys as they then are. Raises :class:`StoreError`."""
+        async with self._lock:
+            view = await self._read()
+            for _ in range(ROTATION_STEPS_MAX):
+                if not await self._step(view):
+                    break
+                view = await self._read()
+            return view
+
+    async def request(self) -> RotationRequest:
+        """Replace the active key as soon as the publish lead allows. Raises :class:`StoreError`."""
+        view = await self.tick()
+        active = _active(view, self._region)
+        if active is None:
+            raise Refused("NO_ACTIVE_KEY")
+        wish = msgspec.json.encode(_Requested(active.kid, int(self._clock())))
+        await self._primary.write("SET", self._wish_key, wish)
+        view = await self.tick()
+        now_active = _active(view, self._region) or active
+        done = now_active.kid != active.kid
+        when = None if done else rotation.activates_at(view.records, self._region, self._policy)
+        return RotationRequest(self._region, active.kid, now_active.kid, when)
+
+    @property
+    def _wish_key(self) -> str:
+        return f"{{ks}}:rotation:{self._region}"
+
+    async def _read(self) -> KeysView:
+        await self._trust.ensure_epoch()
+        return await read_keys(self._primary, self._region)
+
+    async def _wished(self) -> str | None:
+        raw = await self._primary.write("GET", self._wish_key)
+        try:
+            return msgspec.json.decode(raw, type=_Requested).kid if raw else None
+        except msgspec.DecodeError:
+            return None
+
+    async def _step(self, view: KeysView) -> bool:
+        """One step; True if the keys changed, or were found changed."""
+        foreign = self._ring.foreign_kek(view)
+        if foreign is not None:
+            self._complain("kek_mismatch", wrapped_under=foreign)
+            return False
+        self._complain(None)
+        decision = rotation.decide(
+            view.records,
+            self._region,
+            self._clock(),
+            self._policy,
+            usable=self._ring.opens(view),
+            revoked={kid for kid in view.records if self._is_revoked(kid)},
+            rotate_kid=await self._wished(),
+        )
+        try:
+            if decision.changes:
+                await self._put(decision.changes, view)
+                return True
+            if decision.create:
+                await self._create(view)
+                return True
+        except Refused as refused:
+            if refused.code != "TRUST_REV":
+                raise
+            return True  # somebody else was faster
+        await self._forget_private(view)
+        return False
+
+    async def _put(self, records: tuple[KeyRecord, ...], view: KeysView) -> None:
+        generation = await self._trust.put_keys([(view.records[record.kid].rev, record) for record in records])
+        for record in records:
+            _log.info("key moved", kid=record.kid, state=record.state, generation=str(generation))
+
+    async def _create(self, view: KeysView) -> None:
+        key = await self._orphan(view)
+        if key is None:
+            key = await self._in_executor(keyring.new_key, self._kek, self._region)
+            await self._primary.write("HSET", private_key_name(self._region), key.kid, key.envelope)
+        record = rotation.prepare(key.kid, self._region, "RS256", key.jwk, self._clock())
+        await self._trust.put_keys([(-1, record)], unchanged_since=view.generation)
+        _log.info("key prepared", kid=key.kid)
+
+    async def _orphan(self, view: KeysView) -> NewKey | None:
+        """A private half without a public record; None if there is none that opens."""
+        for kid in sorted(view.private.keys() - view.records.keys()):
+            try:
+                return await self._in_executor(keyring.reopen, view.private[kid], self._kek, self._region, kid)
+            except EnvelopeError as error:
+                _log.error("stored private key cannot be used", kid=kid, code=error.code)
+        return None
+
+    async def _in_executor(self, function: Callable[..., NewKey], *args: object) -> NewKey:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    async def _forget_private(self, view: KeysView) -> None:
+        """Delete the private halves of keys that will never sign again."""
+        over = [kid for kid in view.private if kid in view.records and view.records[kid].state in FINAL_STATES]
+        if over:
+            await self._primary.write("HDEL", private_key_name(self._region), *over)
+
+    def _complain(self, problem: str | None, **details: str) -> None:
+        if problem is not None and problem != self.problem:
+            _log.error("rotation stopped", code=problem, **details)
+        self.problem = problem
+
+
+def _active(view: KeysView, region: str) -> KeyRecord | None:
+    active = (record for record in view.records.values() if record.region == region and record.state == "active")
+    return max(active, key=lambda record: (record.active_at or 0, record.kid), default=None)

@@ -1,0 +1,313 @@
+"""Settings: ``KEYSERVICE_<NAME>`` in the environment, plus ``JWT_SECRET`` and ``REDIS_*`` where they mean the same.
+
+Checked once, before anything is opened. Every error is one line that names the variable and the fix and never repeats
+a value. A variable that starts with ``KEYSERVICE_`` and is none of ours is refused: a misspelt setting is no default.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from verifier.jwk import HmacKey
+
+from .core.revocation import RevocationPolicy
+from .core.rotation import Policy
+from .envelope import Kek
+from .errors import SettingError
+from .limits import KEYS_POLL_S
+
+__all__ = ["CLIENT_VARIABLES", "Settings", "load_settings"]
+
+PREFIX: Final = "KEYSERVICE_"
+CLIENT_VARIABLES: Final = frozenset(
+    {"KEYSERVICE_ADMIN_URL", "KEYSERVICE_TOKEN_URL", "KEYSERVICE_CLIENT_ID", "KEYSERVICE_CLIENT_SECRET"}
+)
+"""What the commands read that talk to a running key service; no settings of the service itself."""
+
+DEMO: Final[dict[str, Any]] = {
+    "jwks_max_age_s": 2,
+    "max_skew_s": 1,
+    "replication_lag_s": 0.5,
+    "rotator_tick_s": 1,
+    "publish_lead_s": 5,
+    "jwks_client_cache_max_s": 0,
+}
+"""What the profile ``demo`` shortens, all of it consistently; a variable that is set wins."""
+
+_REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
+_HINTS: Final = {
+    "missing": "is not set",
+    "bool_parsing": "is neither true nor false",
+    "int_parsing": "is not a whole number",
+    "float_parsing": "is not a number",
+}
+
+
+class _Named(ValueError):
+    """A wrong setting, found by a check of ours. The message repeats no value."""
+
+    def __init__(self, variable: str, problem: str) -> None:
+        self.variable = variable
+        super().__init__(problem)
+
+
+class Settings(BaseSettings):
+    """Everything that ``keyservice serve`` can be told. Durations are in the unit that ends the name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="ignore", frozen=True, hide_input_in_errors=True, populate_by_name=True
+    )
+
+    profile: Literal["default", "demo"] = "default"
+
+    issuer: str = Field(min_length=1)
+    region: str
+    regions: Annotated[tuple[str, ...], NoDecode] = ()
+    bootstrap_region: str | None = None
+
+    redis_url: str = Field("", validation_alias=AliasChoices("KEYSERVICE_REDIS_URL", "REDIS_ADDR"))
+    redis_username: str | None = Field(
+        None, validation_alias=AliasChoices("KEYSERVICE_REDIS_USERNAME", "REDIS_USERNAME")
+    )
+    redis_password: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("KEYSERVICE_REDIS_PASSWORD", "REDIS_PASSWORD")
+    )
+    primary_url: str = ""
+    source_address: str | None = None
+    start_timeout_s: float = Field(10, gt=0, le=600)
+
+    kek: SecretStr | None = None
+    kek_file: Path | None = None
+    clients_file: Path
+    jwt_secret: SecretStr | None = Field(None, validation_alias="JWT_SECRET")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65_535)
+    uds: Path | None = None
+    admin_host: str = "127.0.0.1"
+    admin_port: int = Field(8081, ge=0, le=65_535)
+    admin_uds: Path | None = None
+    parent_fd: int | None = Field(None, ge=0)
+
+    access_token_ttl_s: int = Field(900, ge=1)
+    session_ttl_s: int = Field(43_200, ge=1)
+    max_token_lifetime_s: int = Field(86_400, ge=1)
+    drop_grace_s: float = Field(300, ge=0)
+    max_skew_s: float = Field(5, ge=0)
+    leeway_s: float = Field(30, ge=0)
+    replication_lag_s: float = Field(10, ge=0)
+    beat_interval_ms: int = Field(200, ge=50, le=1_000)
+    receipt_wait_ms: int = Field(1_000, ge=0)
+
+    jwks_max_age_s: int = Field(300, ge=0)
+    jwks_client_cache_max_s: int = Field(43_200, ge=0)
+    rotation_interval_s: float = Field(30 * 86_400, gt=0)
+    publish_lead_s: float = Field(86_400, gt=0)
+    rotator_tick_s: float = Field(30, ge=0.1)
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then the environment; no .env file is ever read."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return init_settings, env_settings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten(cls, given: dict[str, Any]) -> dict[str, Any]:
+        return {**DEMO, **given} if given.get("profile") == "demo" else given
+
+    @field_validator("regions", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("redis_url", "primary_url")
+    @classmethod
+    def _as_url(cls, value: str) -> str:
+        """``host:port`` is short for ``redis://host:port``."""
+        if value and "://" not in value:
+            value = f"redis://{value}"
+        if value and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("is not redis://host:port, rediss://host:port or unix:///path")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_places()
+        self._check_secrets()
+        self._check_times()
+        return self
+
+    def _check_places(self) -> None:
+        if not self.redis_url:
+            raise _Named("KEYSERVICE_REDIS_URL", "is not set (or REDIS_ADDR): name this region's Redis")
+        for name in (self.region, *self.regions):
+            if not _REGION.match(name):
+                raise _Named("KEYSERVICE_REGIONS", "has a name that is not of a-z, 0-9 and -")
+        if self.regions and self.region not in self.regions:
+            raise _Named("KEYSERVICE_REGIONS", "does not list KEYSERVICE_REGION")
+        if self.bootstrap_region is not None and self.bootstrap_region not in self.all_regions:
+            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not one of KEYSERVICE_REGIONS")
+        if len(self.all_regions) > 1 and self.bootstrap_region is None:
+            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not set: with several regions one starts the trust log")
+
+    def _check_secrets(self) -> None:
+        if (self.kek is None) == (self.kek_file is None):
+            problem = (
+                "is not set (or KEYSERVICE_KEK_FILE)" if self.kek is None else "and KEYSERVICE_KEK_FILE are both set"
+            )
+            raise _Named("KEYSERVICE_KEK", f"{problem}: give one key-encryption key of 32 random bytes in base64")
+        if self.jwt_secret is not None:
+            try:
+                HmacKey.from_secret(self.jwt_secret.get_secret_value().encode())
+            except ValueError as error:
+                raise _Named("JWT_SECRET", f"cannot be used ({error}): HS256 needs 32 random bytes or more") from None
+
+    def _check_times(self) -> None:
+        """The inequalities of the design; each error names both settings."""
+        lead_s = (
+            self.replication_lag_s
+            + KEYS_POLL_S
+            + self.jwks_max_age_s
+            + self.max_skew_s
+            + self.rotator_tick_s
+            + self.jwks_client_cache_max_s
+        )
+        rules = (
+            (
+                self.publish_lead_s >= lead_s,
+                "PUBLISH_LEAD_S",
+                f"must be at least {lead_s:g}: replication_lag_s + poll + KEYSERVICE_JWKS_MAX_AGE_S + max_skew_s + "
+                "rotator_tick_s + KEYSERVICE_JWKS_CLIENT_CACHE_MAX_S; raise it or lower one of those",
+            ),
+            (
+                self.rotation_interval_s >= self.publish_lead_s,
+                "ROTATION_INTERVAL_S",
+                "must be at least KEYSERVICE_PUBLISH_LEAD_S, or the next key is never ready in time; raise it",
+            ),
+            (
+                self.leeway_s >= self.max_skew_s + 1,
+                "LEEWAY_S",
+                "must be at least KEYSERVICE_MAX_SKEW_S + 1, or a fast clock's new tokens are refused; raise it",
+            ),
+            (
+                self.drop_grace_s >= self.leeway_s + self.max_skew_s,
+                "DROP_GRACE_S",
+                "must be at least KEYSERVICE_LEEWAY_S + KEYSERVICE_MAX_SKEW_S, or revocations are forgotten too early; "
+                "raise it",
+            ),
+            (
+                self.access_token_ttl_s <= self.max_token_lifetime_s,
+                "ACCESS_TOKEN_TTL_S",
+                "must be at most KEYSERVICE_MAX_TOKEN_LIFETIME_S, or every token is refused; lower it",
+            ),
+        )
+        for holds, name, problem in rules:
+            if not holds:
+                raise _Named(PREFIX + name, problem)
+
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """Every region, this one included."""
+        return self.regions or (self.region,)
+
+    @property
+    def admin_audience(self) -> str:
+        """The audience of tokens for the admin API."""
+        return f"{self.issuer.rstrip('/')}/admin"
+
+    @property
+    def primary(self) -> str:
+        """The URL of the primary: the region's own server where no other is named."""
+        return self.primary_url or self.redis_url
+
+    @property
+    def rotation_policy(self) -> Policy:
+        """When keys move on; a key goes when the last token it can have signed has expired everywhere."""
+        return Policy(
+            rotation_interval_s=self.rotation_interval_s,
+            publish_lead_s=self.publish_lead_s,
+            removal_delay_s=self.access_token_ttl_s
+            + self.leeway_s
+            + self.max_skew_s
+            + self.replication_lag_s
+            + KEYS_POLL_S,
+        )
+
+    @property
+    def revocation_policy(self) -> RevocationPolicy:
+        """What an entry is made with."""
+        return RevocationPolicy(self.issuer, self.region, self.max_token_lifetime_s, self.max_skew_s)
+
+    def read_kek(self) -> Kek:
+        """The key-encryption key; raises :class:`SettingError`."""
+        if self.kek is not None:
+            return _kek("KEYSERVICE_KEK", self.kek.get_secret_value().encode())
+        path = self.kek_file or Path()
+        try:
+            return _kek("KEYSERVICE_KEK_FILE", path.read_bytes())
+        except OSError as error:
+            problem = error.strerror or "cannot be read"
+            raise SettingError("setting_invalid", f"KEYSERVICE_KEK_FILE: {path}: {problem}") from None
+
+
+def _kek(variable: str, raw: bytes) -> Kek:
+    text = raw.strip().rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
+    try:
+        key = base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) != 32:
+        raise SettingError("setting_invalid", f"{variable} is not 32 bytes in base64 or base64url")
+    return Kek(key)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; raises :class:`SettingError` with one line for the first thing that is wrong."""
+    _refuse_misspelt(os.environ)
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | CLIENT_VARIABLES
+    for variable in sorted(environ):
+        if variable.startswith(PREFIX) and variable not in known:
+            raise SettingError("setting_unknown", f"{variable} is not a setting of the key service")
+
+
+def _first_problem(error: ValidationError) -> SettingError:
+    first = error.errors(include_input=False, include_url=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _Named):
+        return SettingError("setting_invalid" if "is not set" not in str(cause) else "setting_missing", _line(cause))
+    name = str(first["loc"][0]) if first["loc"] else ""
+    variable = name if name.isupper() else PREFIX + name.upper()
+    problem = str(cause) if cause is not None else _HINTS.get(first["type"], first["msg"])
+    code = "setting_missing" if first["type"] == "missing" else "setting_invalid"
+    return SettingError(code, f"{variable} {problem}")
+
+
+def _line(cause: _Named) -> str:
+    return f"{cause.variable} {cause}"

@@ -1,0 +1,134 @@
+"""One Redis server as the key service uses it: reads, and writes whose outcome is never guessed.
+
+A write that could not be sent did not happen (:class:`PrimaryUnreachable`); a write that was sent and not answered may
+have happened (:class:`OutcomeUnknown`); an error reply means that nothing happened (:class:`Refused`). The client's own
+retries are off: they would turn one append into two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+)
+
+from verifier.netbind import bound_connection_kwargs
+
+from .errors import OutcomeUnknown, PrimaryUnreachable, Refused, StartError
+from .limits import CONNECT_TIMEOUT_S, CONNECTIONS_MAX, PRIMARY_TIMEOUT_S
+
+__all__ = ["Node", "load_script"]
+
+
+@cache
+def load_script(name: str) -> tuple[str, str]:
+    """A script with the shared checks in front, and its SHA-1."""
+    folder = resources.files(__package__) / "scripts"
+    text = (folder / name).read_text()
+    if name not in ("refresh.lua", "session_start.lua"):
+        text = (folder / "_checks.lua").read_text() + text
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class Node:
+    """A server behind a URL. ``redis`` is for reads; writes go through :meth:`write` and :meth:`run`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+        source_address: str | None = None,
+    ) -> None:
+        options: dict[str, Any] = {
+            "socket_timeout": PRIMARY_TIMEOUT_S,
+            "socket_connect_timeout": CONNECT_TIMEOUT_S,
+            "retry": Retry(NoBackoff(), 0),
+            "health_check_interval": 0,
+            "driver_info": None,
+            "protocol": 2,
+            "max_connections": CONNECTIONS_MAX,
+        }
+        if username is not None:
+            options["username"] = username
+        if password is not None:
+            options["password"] = password
+        if not url.startswith("unix:"):
+            tls = url.startswith("rediss:")
+            options.update(bound_connection_kwargs(source_address, tls=tls, asynchronous=True))
+        self._pool = redis.ConnectionPool.from_url(url, **options)
+        self.redis: redis.Redis = redis.Redis(connection_pool=self._pool)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.disconnect()
+
+    async def write(self, *command: Any) -> Any:
+        """One command, sent at most once; raises :class:`StoreError`."""
+        try:
+            connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it so
+        except (RedisError, OSError) as error:
+            raise PrimaryUnreachable(code=_why_unreachable(error)) from None
+        try:
+            await connection.send_command(*command)
+            return await connection.read_response()
+        except BusyLoadingError:
+            raise PrimaryUnreachable("the primary is loading its data") from None
+        except (AuthenticationError, AuthorizationError):
+            raise Refused("NOAUTH") from None
+        except ResponseError as error:
+            raise error if isinstance(error, NoScriptError) else Refused(_first_word(error)) from None
+        except (RedisError, OSError):
+            raise OutcomeUnknown from None
+        except asyncio.CancelledError:
+            await connection.disconnect(nowait=True)  # a reply may still come; nobody may take it for another's
+            raise
+        finally:
+            await self._pool.release(connection)
+
+    async def run(self, script: str, keys: tuple[str, ...], args: list[str | int]) -> Any:
+        """A script by its file name; raises :class:`StoreError`."""
+        text, sha1 = load_script(script)
+        try:
+            return await self.write("EVALSHA", sha1, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self.write("EVAL", text, len(keys), *keys, *args)
+
+    async def check(self, setting: str) -> None:
+        """Whether the server answers; raises :class:`StartError` for what waiting cannot heal, StoreError else."""
+        try:
+            await self.redis.ping()
+        except (AuthenticationError, AuthorizationError):
+            message = f"{setting}: wrong user name or password (KEYSERVICE_REDIS_USERNAME, KEYSERVICE_REDIS_PASSWORD)"
+            raise StartError("redis_wrong_password", message) from None
+        except ResponseError as error:
+            if _first_word(error) in ("NOAUTH", "WRONGPASS", "NOPERM"):
+                raise StartError("redis_no_permission", f"{setting}: the user may not do what is needed") from None
+            raise PrimaryUnreachable from None
+        except (RedisError, OSError):
+            raise PrimaryUnreachable from None
+
+
+def _first_word(error: RedisError) -> str:
+    """The stable part of an error reply; redis-py takes some first words away and gives a class for them."""
+    named = {"ReadOnlyError": "READONLY", "NoPermissionError": "NOPERM", "OutOfMemoryError": "OOM"}
+    return named.get(type(error).__name__) or str(error).partition(" ")[0][:32] or "ERR"
+
+
+def _why_unreachable(error: Exception) -> str:
+    wrong = isinstance(error, AuthenticationError | AuthorizationError)
+    return "primary_wrong_password" if wrong else "primary_unreachable"

@@ -1,0 +1,105 @@
+"""Fixtures of the key service's tests: real servers on unix sockets in short directories, and whole services."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyservice.app import build
+from keyservice.settings import Settings, load_settings
+from tests.keyservice.support import CLIENTS, HS256_SECRET, ISSUER, KEK, Running, Server, running_service
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """redis-py 8 has another name for the switch that keeps CLIENT SETINFO, which Redis 7.0 refuses, off the wire."""
+    config.addinivalue_line("filterwarnings", "ignore:.*lib_name.*:DeprecationWarning")
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """A private directory with a path short enough for unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="ks-") as path:
+        yield Path(path)
+
+
+@pytest.fixture
+def start_server(run_dir: Path) -> Iterator[Callable[..., Server]]:
+    """``start_server("name", "--port", "0", …)``: a running server, gone after the test."""
+    servers: list[Server] = []
+
+    def start(name: str = "redis", *arguments: str) -> Server:
+        server = Server(run_dir, name, arguments)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def server(start_server: Callable[..., Server]) -> Server:
+    return start_server()
+
+
+@pytest.fixture
+def clients_file(run_dir: Path) -> Path:
+    path = run_dir / "clients.toml"
+    path.write_text(CLIENTS)
+    return path
+
+
+@pytest.fixture
+def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings of one region in the demo profile; every one can be replaced."""
+    for name in ("REDIS_ADDR", "REDIS_USERNAME", "REDIS_PASSWORD", "JWT_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+
+    def make(redis_url: str, **overrides: Any) -> Settings:
+        given: dict[str, Any] = {
+            "profile": "demo",
+            "issuer": ISSUER,
+            "region": "eu-west-1",
+            "redis_url": redis_url,
+            "kek": KEK,
+            "jwt_secret": HS256_SECRET,
+            "clients_file": clients_file,
+        }
+        return load_settings(**{**given, **overrides})
+
+    return make
+
+
+StartService = Callable[[Settings], Any]
+
+
+@pytest.fixture
+async def start_service() -> AsyncIterator[StartService]:
+    """``await start_service(settings)``: a started, ready service."""
+    async with AsyncExitStack() as stack:
+
+        async def start(settings: Settings, *, ready: bool = True, **options: Any) -> Running:
+            running = await stack.enter_async_context(running_service(build(settings, **options)))
+            if ready:
+                await running.ready()
+            return running
+
+        yield start
+
+
+@pytest.fixture
+async def running(server: Server, make_settings: Callable[..., Settings], start_service: StartService) -> Running:
+    """One region, started and ready."""
+    started: Running = await start_service(make_settings(server.url))
+    return started
