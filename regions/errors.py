@@ -7,7 +7,10 @@
     ├── SocketPathTooLong    socket_path_too_long  4  no directory is short enough for a unix socket
     ├── ServerNotFound       server_not_found      4  no Valkey or Redis server to start
     ├── ServerStartFailed    server_start_failed   4  a child died, or was not ready in time
-    └── LinkFailed           link_failed           4  the link proxy refused or did not answer
+    ├── LinkFailed           link_failed           4  the link proxy refused or did not answer
+    ├── ClusterFileError     cluster_file_invalid  4  no running cluster, or its file cannot be read
+    ├── ClusterRunning       cluster_running       4  another cluster runs in the same directory
+    └── NotReady             not_ready             4  a service of the cluster did not become ready in time
 
 `code` is stable and machine-readable; the message names the cause and what to do about it.
 """
@@ -19,8 +22,11 @@ from typing import ClassVar
 
 __all__ = [
     "AddressMissing",
+    "ClusterFileError",
+    "ClusterRunning",
     "ExitCode",
     "LinkFailed",
+    "NotReady",
     "PortInUse",
     "RegionsError",
     "ServerNotFound",
@@ -88,3 +94,21 @@ class LinkFailed(RegionsError):
     """The link proxy's configuration is wrong, or its control socket refused a request."""
 
     code = "link_failed"
+
+
+class ClusterFileError(RegionsError):
+    """No cluster file, or not one."""
+
+    code = "cluster_file_invalid"
+
+
+class NotReady(RegionsError):
+    """A service runs but did not report ready in time."""
+
+    code = "not_ready"
+
+
+class ClusterRunning(RegionsError):
+    """Another cluster runs in the same directory."""
+
+    code = "cluster_running"

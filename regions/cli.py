@@ -1,0 +1,126 @@
+"""The `regions` command. Errors are one line, `regions: error [code]: …`, and an exit code of `ExitCode`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+
+from regions.cluster import SERVICES, Cluster
+from regions.console import Reporter
+from regions.demo import run_demo
+from regions.errors import ExitCode, RegionsError
+from regions.ports import check_ports_free, pick_free_ports
+from regions.topology import Topology, load_topology
+
+__all__ = ["main"]
+
+INTERRUPTED = 130
+"""What a shell reports for a command that Ctrl-C ended."""
+
+CHECK_EVERY_S = 0.5
+
+app = typer.Typer(
+    help="Several regions on this machine: real servers, real lag.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+TopologyOption = Annotated[str, typer.Option(help="A built-in topology (default, one-region) or a TOML file.")]
+VarOption = Annotated[Path, typer.Option(help="Where to keep data, logs and cluster.json.")]
+AutoPortsOption = Annotated[bool, typer.Option("--auto-ports", help="Take free ports, not the topology's.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def _topology(name: str, auto_ports: bool) -> Topology:
+    topology = load_topology(name)
+    if auto_ports:
+        return topology.with_ports(pick_free_ports([region.address for region in topology.regions], SERVICES))
+    check_ports_free(topology, SERVICES)
+    return topology
+
+
+@app.command()
+def demo(
+    topology: TopologyOption = "default",
+    var: VarOption = Path("var/demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run the main job on real servers and check every line of it."""
+    reporter = Reporter(as_json=as_json)
+    held = run_demo(_topology(topology, auto_ports=True), var, reporter)
+    if not held:
+        raise typer.Exit(ExitCode.PROMISE_BROKEN)
+    reporter.note(f"all {reporter.checks} lines held")
+
+
+@app.command()
+def up(
+    topology: TopologyOption = "default",
+    var: VarOption = Path("var"),
+    auto_ports: AutoPortsOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Start the regions and keep them running until Ctrl-C."""
+    reporter = Reporter(as_json=as_json)
+    stop = threading.Event()
+    with Cluster(_topology(topology, auto_ports), var, progress=reporter.note) as cluster:
+        _announce(cluster, reporter)
+        _stop_on_signals(stop)
+        while not stop.wait(CHECK_EVERY_S):
+            cluster.check()
+    reporter.note("stopped; nothing is left running")
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handle)
+
+
+def _announce(cluster: Cluster, reporter: Reporter) -> None:
+    rows = [
+        (name, urls.keyservice_url, urls.admin_url, urls.orders_url, urls.login_url)
+        for name, urls in cluster.file.regions.items()
+    ]
+    columns = ["region", "key service", "admin", "orders", "login"]
+    reporter.table(f"primary: {cluster.file.primary}", columns, rows)
+    reporter.note(f"passwords and URLs: {cluster.file_path} (mode 0600)")
+    reporter.note("Ctrl-C stops everything")
+
+
+def main() -> None:
+    """Entry point; every error of this package becomes one line and an exit code."""
+    try:
+        result = app(standalone_mode=False)
+    except RegionsError as error:
+        _fail(error.code, str(error), error.exit_code)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.COULD_NOT_RUN)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the command line
+            _fail("usage", error.format_message(), ExitCode.USAGE)
+        raise
+    sys.exit(result if isinstance(result, int) else ExitCode.OK)
+
+
+def _fail(code: str, message: str, exit_code: ExitCode) -> NoReturn:
+    if "--json" in sys.argv:
+        sys.stdout.write(msgspec.json.encode({"type": "error", "code": code, "message": message}).decode() + "\n")
+    sys.stderr.write(f"regions: error [{code}]: {message}\n")
+    sys.exit(exit_code)

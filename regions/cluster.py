@@ -1,0 +1,337 @@
+"""A cluster of regions on this machine: who is started, with which settings, in which order, and how it ends.
+
+Per region: one Redis server, one key service with a signing key and key-encryption key of its own, one order service
+that embeds the verifier. In the primary's region also a login service. One link proxy owns every public address.
+Everything listens on unix sockets and binds its region's address when it calls others.
+
+A cluster always starts empty: its secrets are made anew, and what an earlier one left in its directory is removed.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from keyservice.clients import hash_secret
+from regions.cluster_file import ClientSecret, ClusterFile, DemoUser, RegionUrls
+from regions.embedded import Server, runtime_directory, start_servers
+from regions.errors import ClusterRunning, NotReady, RegionsError
+from regions.link_control import LinkControl
+from regions.link_rules import Lag, LinkConfig, Listener
+from regions.nursery import Child, Nursery
+from regions.topology import Region, Topology
+
+__all__ = ["SERVICES", "Cluster"]
+
+SERVICES = ("redis", "keyservice", "admin", "orders", "login")
+"""What has a public address in a region; `login` in the primary's region only."""
+
+ISSUER = "https://id.regions.test"
+AUDIENCE = "orders"
+READY_WITHIN_S = 30.0
+"""A server, a key service or an order service that takes longer on this machine is not going to be ready."""
+
+_ADMIN_SCOPE = "keyservice:admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """Everything generated for one run. Nothing here has a default."""
+
+    kek: Mapping[str, str] = field(repr=False)
+    clients: Mapping[str, ClientSecret] = field(repr=False)
+    user: DemoUser = field(repr=False)
+    hs256_secret: str = field(repr=False)
+
+    @classmethod
+    def generate(cls, topology: Topology) -> Secrets:
+        clients = ("admin", "login", "web", "worker", "legacy")
+        return cls(
+            kek={r.name: base64.urlsafe_b64encode(secrets.token_bytes(32)).decode() for r in topology.regions},
+            clients={name: ClientSecret(name, secrets.token_urlsafe(32)) for name in clients},
+            user=DemoUser("ada", secrets.token_urlsafe(12), "user-ada"),
+            hs256_secret=secrets.token_urlsafe(48),
+        )
+
+
+def _private_write(path: Path, text: str) -> Path:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    return path
+
+
+def _clients_toml(made: Secrets) -> str:
+    lines = []
+    wanted = {
+        "admin": ([_ADMIN_SCOPE], [f"{ISSUER}/admin"], "RS256"),
+        "login": (["keyservice:sessions:write"], [f"{ISSUER}/admin"], "RS256"),
+        "web": (["orders:read"], [AUDIENCE], "RS256"),
+        "worker": (["orders:read"], [AUDIENCE], "RS256"),
+        "legacy": (["orders:read"], [AUDIENCE], "HS256"),
+    }
+    for name, (scopes, audiences, token_alg) in wanted.items():
+        secret_hash = hash_secret(made.clients[name].client_secret)
+        lines += ["[[clients]]", f'client_id = "{name}"', f'secret_hash = "{secret_hash}"']
+        lines += [f"scopes = {scopes!r}", f"audiences = {audiences!r}", f'token_alg = "{token_alg}"', ""]
+    return "\n".join(lines)
+
+
+def _users_toml(made: Secrets) -> str:
+    password_hash = hash_secret(made.user.password)
+    user = f'username = "{made.user.username}"\nsub = "{made.user.sub}"\npassword_hash = "{password_hash}"\n'
+    return f"[[users]]\n{user}"
+
+
+def examples_directory() -> Path:
+    """Where the example services are: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).parent
+    for directory in (package.parent / "examples", package / "_examples"):
+        if (directory / "orders_service.py").exists():
+            return directory
+    raise RegionsError("the example services are missing from this installation: reinstall multiregion-jwks[regions]")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One cluster a directory: two would remove each other's data."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another cluster runs in {directory}: stop it, or choose another directory with --var"
+            raise ClusterRunning(message) from None
+        yield
+
+
+class Cluster:
+    """`with Cluster(topology, directory) as cluster:` starts everything, and ends everything however it is left.
+
+    `progress` is told one line a stage. Raises `RegionsError`.
+    """
+
+    def __init__(
+        self, topology: Topology, directory: Path, *, progress: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.topology = topology
+        self.file_path = directory / "cluster.json"
+        self._directory = directory
+        self._progress = progress
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def check(self) -> None:
+        """Raise `ServerStartFailed` if anything ended that should run."""
+        self._nursery.check()
+
+    # -- starting -------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._exit.enter_context(_locked(self._directory))
+        for name in ("data", "logs", "run"):
+            shutil.rmtree(self._directory / name, ignore_errors=True)
+        self.file_path.unlink(missing_ok=True)
+        data = self._directory / "data"
+        data.mkdir(mode=0o700)
+        self._run = self._exit.enter_context(runtime_directory(self._directory))
+        self._nursery = self._exit.enter_context(Nursery(self._directory / "logs"))
+        self._nursery.remove_at_end(self._run)
+        self._exit.callback(self.file_path.unlink, missing_ok=True)
+        made = Secrets.generate(self.topology)
+        self._stage("link proxy", self._start_link)
+        self._stage("servers, replicated over the links", lambda: self._start_servers(data))
+        clients_file = _private_write(data / "clients.toml", _clients_toml(made))
+        users_file = _private_write(data / "users.toml", _users_toml(made))
+        self._stage("key services", lambda: self._start_keyservices(made, clients_file))
+        self._stage("order and login services", lambda: self._start_services(made, users_file))
+        self.file = self._describe(made)
+        self.file.write(self.file_path)
+
+    def _stage(self, what: str, start: Callable[[], None]) -> None:
+        started = time.monotonic()
+        start()
+        self._progress(f"{what}: {time.monotonic() - started:.1f} s")
+
+    def _socket(self, region: Region, service: str) -> Path:
+        return self._run / f"{service}-{region.index}.sock"
+
+    def _has(self, region: Region, service: str) -> bool:
+        return service != "login" or region == self.topology.primary
+
+    def _start_link(self) -> None:
+        regions = self.topology.regions
+        control = self._run / "link.sock"
+        config = LinkConfig(
+            listeners=[
+                Listener(r.address, self.topology.ports[service], r.name, str(self._socket(r, service)))
+                for r in regions
+                for service in SERVICES
+                if self._has(r, service)
+            ],
+            regions={r.name: r.address_prefix for r in regions},
+            links=[Lag(from_=a, to=b, one_way_ms=lag) for (a, b), lag in self.topology.links.items()],
+            control=str(control),
+        )
+        path = self._directory / "data" / "link.json"
+        path.write_bytes(config.to_json())
+        child = self._nursery.spawn("link", [sys.executable, "-m", "regions.link", str(path)])
+        child.wait_for_line("ready", READY_WITHIN_S)
+        self.link = LinkControl(control)
+
+    def _start_servers(self, data: Path) -> None:
+        self.servers: dict[str, Server] = start_servers(
+            self.topology,
+            self._nursery,
+            directory=data,
+            socket_of=lambda region: self._socket(region, "redis"),
+            timeout_s=READY_WITHIN_S,
+        )
+
+    def _start_keyservices(self, made: Secrets, clients_file: Path) -> None:
+        children = []
+        for region in self.topology.regions:
+            env = {
+                **_base_environment(),
+                "KEYSERVICE_PROFILE": "demo",
+                "KEYSERVICE_ISSUER": ISSUER,
+                "KEYSERVICE_REGION": region.name,
+                "KEYSERVICE_REGIONS": ",".join(r.name for r in self.topology.regions),
+                "KEYSERVICE_BOOTSTRAP_REGION": self.topology.primary.name,
+                "KEYSERVICE_REDIS_URL": self._url(region, "redis", "redis"),
+                "KEYSERVICE_PRIMARY_URL": self._url(self.topology.primary, "redis", "redis"),
+                "REDIS_USERNAME": "keyservice",
+                "REDIS_PASSWORD": self.servers[region.name].passwords["keyservice"],
+                "KEYSERVICE_KEK": made.kek[region.name],
+                "KEYSERVICE_CLIENTS_FILE": str(clients_file.absolute()),
+                "KEYSERVICE_UDS": str(self._socket(region, "keyservice")),
+                "KEYSERVICE_ADMIN_UDS": str(self._socket(region, "admin")),
+                "KEYSERVICE_SOURCE_ADDRESS": region.address,
+                "JWT_SECRET": made.hs256_secret,
+            }
+            argv = [sys.executable, "-m", "keyservice", "serve"]
+            children.append((region, "keyservice", self._nursery.spawn(f"keyservice-{region.name}", argv, env=env)))
+        self._wait_ready(children)
+
+    def _start_services(self, made: Secrets, users_file: Path) -> None:
+        examples = examples_directory()
+        children = []
+        for region in self.topology.regions:
+            env = self._verifier_environment(region, made)
+            argv = [sys.executable, str(examples / "orders_service.py"), "--uds", str(self._socket(region, "orders"))]
+            children.append((region, "orders", self._nursery.spawn(f"orders-{region.name}", argv, env=env)))
+        home = self.topology.primary
+        env = self._verifier_environment(home, made) | {
+            "LOGIN_USERS_FILE": str(users_file.absolute()),
+            "LOGIN_KEYSERVICE_URL": self._url(home, "keyservice"),
+            "LOGIN_ADMIN_URL": self._url(home, "admin"),
+            "LOGIN_CLIENT_ID": "login",
+            "LOGIN_CLIENT_SECRET": made.clients["login"].client_secret,
+            "LOGIN_AUDIENCE": AUDIENCE,
+            "LOGIN_SOURCE_ADDRESS": home.address,
+        }
+        argv = [sys.executable, str(examples / "login_service.py"), "--uds", str(self._socket(home, "login"))]
+        children.append((home, "login", self._nursery.spawn(f"login-{home.name}", argv, env=env)))
+        self._wait_ready(children)
+
+    def _verifier_environment(self, region: Region, made: Secrets) -> dict[str, str]:
+        others = [r for r in self.topology.regions if r != region]
+        return {
+            **_base_environment(),
+            "VERIFIER_ISSUER": ISSUER,
+            "VERIFIER_AUDIENCE": AUDIENCE,
+            "VERIFIER_REGION": region.name,
+            "VERIFIER_JWKS_URLS": ",".join(
+                f"{self._url(r, 'keyservice')}/.well-known/jwks.json" for r in (region, *others)
+            ),
+            "REDIS_ADDR": f"{region.address}:{self.topology.ports['redis']}",
+            "REDIS_USERNAME": "verifier",
+            "REDIS_PASSWORD": self.servers[region.name].passwords["verifier"],
+            "VERIFIER_SOURCE_ADDRESS": region.address,
+            "JWT_SECRET": made.hs256_secret,
+        }
+
+    def _wait_ready(self, children: list[tuple[Region, str, Child]]) -> None:
+        """Ask every service's /readyz over its own socket until it says 200."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        for region, service, child in children:
+            transport = httpx.HTTPTransport(uds=str(self._socket(region, service)))
+            path = "/livez" if service == "login" else "/readyz"
+            with httpx.Client(transport=transport, base_url="http://localhost", trust_env=False, timeout=2.0) as http:
+                while (problem := _not_ready(http, path)) is not None:
+                    self._nursery.check()
+                    if time.monotonic() > deadline:
+                        tail = "".join(f"\n  {line}" for line in child.log_tail())
+                        raise NotReady(f"{child.name} is not ready after {READY_WITHIN_S:.0f} s ({problem}){tail}")
+                    time.sleep(0.05)
+
+    # -- describing -----------------------------------------------------------------------------------------------
+
+    def _url(self, region: Region, service: str, scheme: str = "http", user: str | None = None) -> str:
+        credentials = "" if user is None else f"{user}:{self.servers[region.name].passwords[user]}@"
+        return f"{scheme}://{credentials}{region.address}:{self.topology.ports[service]}"
+
+    def _describe(self, made: Secrets) -> ClusterFile:
+        home = self.topology.primary
+        return ClusterFile(
+            format=1,
+            issuer=ISSUER,
+            audience=AUDIENCE,
+            primary=home.name,
+            topology=self.topology.name,
+            link_control=str(self._run / "link.sock"),
+            regions={
+                region.name: RegionUrls(
+                    keyservice_url=self._url(region, "keyservice"),
+                    admin_url=self._url(region, "admin"),
+                    redis_url=self._url(region, "redis", "redis", "keyservice"),
+                    verifier_redis_url=self._url(region, "redis", "redis", "verifier"),
+                    observer_redis_url=self._url(region, "redis", "redis", "observer"),
+                    orders_url=self._url(region, "orders"),
+                    login_url=self._url(home, "login"),
+                    bind_address=region.address,
+                )
+                for region in self.topology.regions
+            },
+            clients=dict(made.clients),
+            demo_user=made.user,
+            hs256_secret=made.hs256_secret,
+        )
+
+
+def _base_environment() -> dict[str, str]:
+    """What a child needs of ours; settings of the caller's own services must not leak into the cluster's."""
+    kept = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "PYTHONPATH", "VIRTUAL_ENV")
+    return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+
+
+def _not_ready(http: httpx.Client, path: str) -> str | None:
+    try:
+        reply = http.get(path)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    return None if reply.status_code == 200 else f"HTTP {reply.status_code} {reply.text[:200]}"
