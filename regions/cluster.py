@@ -276,13 +276,13 @@ class Cluster:
         }
 
     def _wait_ready(self, children: list[tuple[Region, str, Child]]) -> None:
-        """Ask every service's /readyz over its own socket until it says 200."""
+        """Ask every service's /readyz, as a caller in its own region, until it says 200."""
         deadline = time.monotonic() + READY_WITHIN_S
         for region, service, child in children:
-            transport = httpx.HTTPTransport(uds=str(self._socket(region, service)))
-            path = "/livez" if service == "login" else "/readyz"
-            with httpx.Client(transport=transport, base_url="http://localhost", trust_env=False, timeout=2.0) as http:
-                while (problem := _not_ready(http, path)) is not None:
+            transport = httpx.HTTPTransport(local_address=region.address)
+            url = f"{self._url(region, service)}/{'livez' if service == 'login' else 'readyz'}"
+            with httpx.Client(transport=transport, trust_env=False, timeout=2.0) as http:
+                while (problem := _not_ready(http, url)) is not None:
                     self._nursery.check()
                     if time.monotonic() > deadline:
                         tail = "".join(f"\n  {line}" for line in child.log_tail())
@@ -329,9 +329,9 @@ def _base_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
 
 
-def _not_ready(http: httpx.Client, path: str) -> str | None:
+def _not_ready(http: httpx.Client, url: str) -> str | None:
     try:
-        reply = http.get(path)
+        reply = http.get(url)
     except httpx.HTTPError as error:
         return type(error).__name__
     return None if reply.status_code == 200 else f"HTTP {reply.status_code} {reply.text[:200]}"

@@ -136,8 +136,8 @@ class Running:
 
     def wait_until_gone(self, pids: set[int]) -> None:
         deadline = time.monotonic() + GONE_WITHIN_S
-        while held := [port for port in self.ports() if _listens(*port)] or [pid for pid in pids if _runs(pid)]:
-            assert time.monotonic() < deadline, held
+        while any(_listens(*port) for port in self.ports()) or any(_runs(pid) for pid in pids):
+            assert time.monotonic() < deadline, "a port is still held, or a process still runs"
             time.sleep(0.1)
 
 
