@@ -17,10 +17,11 @@ __all__ = ["TokenCache"]
 class TokenCache(Generic[T]):
     """At most ``size`` entries; ``size`` 0 keeps nothing."""
 
-    __slots__ = ("_half", "_old", "get", "young")
+    __slots__ = ("_half", "_keeps_old", "_old", "get", "young")
 
     def __init__(self, size: int) -> None:
-        self._half = (size + 1) // 2
+        self._half = size // 2 or size
+        self._keeps_old = size > 1
         self._old: dict[str, T] = {}
         self._reset({})
 
@@ -42,7 +43,7 @@ class TokenCache(Generic[T]):
         if self._half == 0:
             return
         if len(self.young) >= self._half:
-            self._old = self.young
+            self._old = self.young if self._keeps_old else {}
             self._reset({})
         self.young[token] = entry
 

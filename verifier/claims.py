@@ -114,7 +114,8 @@ def check_claims(claims: Mapping[str, Any], rules: Rules, now: float) -> Facts:
     if now >= valid_until:
         raise InvalidToken("token_expired", step=5, claim="exp")
     if now < valid_from:
-        raise InvalidToken("token_not_yet_valid", step=5, claim="nbf" if "nbf" in claims else "iat")
+        late = "nbf" if now < claims.get("nbf", -math.inf) - rules.leeway_s else "iat"
+        raise InvalidToken("token_not_yet_valid", step=5, claim=late)
     if iat is None and valid_until - now > rules.max_token_lifetime_s + rules.leeway_s:
         raise InvalidToken("token_lifetime_too_long", step=5, claim="exp")
     after = claims.get("after")
@@ -138,13 +139,12 @@ class Claims(Mapping[str, Any]):
     handed out as copies. ``staleness_s`` is computed when it is read, never remembered.
     """
 
-    __slots__ = ("_members", "_staleness", "token")
+    __slots__ = ("_members", "_staleness", "_token")
 
     def __init__(self, members: dict[str, Any], token: str, staleness: Callable[[], float | None]) -> None:
         self._members = members
         self._staleness = staleness
-        self.token: str = token
-        """The encoded token, to be forwarded to the next service. It is a credential: do not log it."""
+        self._token = token
 
     def __getitem__(self, name: str) -> Any:
         value = self._members[name]
@@ -158,6 +158,11 @@ class Claims(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Claims({', '.join(sorted(self._members))})"
+
+    @property
+    def token(self) -> str:
+        """The encoded token, to be forwarded to the next service. It is a credential: do not log it."""
+        return self._token
 
     @property
     def subject(self) -> str | None:

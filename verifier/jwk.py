@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from base64 import urlsafe_b64encode
+from binascii import Error as Base64Error
+from binascii import a2b_base64
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -37,6 +39,11 @@ _REQUIRED: Final = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}
 
 # ROCA (CVE-2017-15361): moduli of the flawed generator are powers of 65537 modulo every one of these primes.
 _ROCA_PRIMES: Final = (11, 13, 17, 19, 37, 53, 61, 71, 73, 79, 97, 103, 107, 109, 127, 151, 157)
+
+
+_PUBLIC_KEY_MARKS: Final = (b"-----BEGIN", b"---- BEGIN", b'"kty"')
+_SSH_NAMES: Final = (b"ssh-", b"ecdsa-", b"sk-ssh-", b"sk-ecdsa-")
+_FROM_URL: Final = bytes.maketrans(b"-_", b"+/")
 
 
 class JwksError(ValueError):
@@ -99,15 +106,24 @@ class HmacKey:
 
 
 def _looks_like_public_key(secret: bytes) -> bool:
-    """PEM, an SSH line, a JWK, or DER (a SEQUENCE whose length covers exactly the rest)."""
-    text = secret.lstrip()
-    if b"-----BEGIN" in secret or text.startswith((b"ssh-", b"ecdsa-")) or b'"kty"' in secret:
+    """PEM, an SSH line, a JWK, DER, or what stands between the lines of a PEM or in an SSH line: base64."""
+    text = secret.strip()
+    if any(mark in text for mark in _PUBLIC_KEY_MARKS) or text.startswith(_SSH_NAMES):
         return True
-    if secret[:1] != b"\x30" or len(secret) < 4:
+    try:
+        decoded = a2b_base64(text.translate(_FROM_URL) + b"==")
+    except Base64Error:
+        decoded = b""
+    return any(_is_der_key(raw) or raw[4:].startswith(_SSH_NAMES) for raw in (secret, decoded))
+
+
+def _is_der_key(raw: bytes) -> bool:
+    """A SEQUENCE whose length covers exactly the rest, and in it first a SEQUENCE or an INTEGER."""
+    if raw[:1] != b"\x30" or len(raw) < 4:
         return False
-    size = secret[1] & 0x7F if secret[1] & 0x80 else 0
-    length = int.from_bytes(secret[2 : 2 + size], "big") if size else secret[1]
-    return length == len(secret) - 2 - size
+    size = raw[1] & 0x7F if raw[1] & 0x80 else 0
+    length = int.from_bytes(raw[2 : 2 + size], "big") if size else raw[1]
+    return length == len(raw) - 2 - size and raw[2 + size : 3 + size] in (b"\x30", b"\x02")
 
 
 def _uint(jwk: Mapping[str, Any], name: str) -> int:
@@ -174,7 +190,8 @@ def _ec_verify(jwk: Mapping[str, Any], alg: str) -> _Verify:
 def _public_key(jwk: Any) -> PublicKey:
     if not isinstance(jwk, dict):
         raise _KeyRefused("not an object")
-    if jwk.get("kty") not in _REQUIRED:
+    kty = jwk.get("kty")
+    if not isinstance(kty, str) or kty not in _REQUIRED:
         raise _KeyRefused("kty is not RSA or EC; a symmetric key has no place in a set")
     if not _PRIVATE_MEMBERS.isdisjoint(jwk):
         raise _KeyRefused("holds private members")
@@ -183,13 +200,13 @@ def _public_key(jwk: Any) -> PublicKey:
     key_ops = jwk.get("key_ops", ["verify"])
     if not isinstance(key_ops, list) or "verify" not in key_ops:
         raise _KeyRefused("key_ops lacks verify")
-    alg = jwk.get("alg", "RS256" if jwk["kty"] == "RSA" else "ES256")
-    if not isinstance(alg, str) or KEY_TYPES.get(alg) != jwk["kty"]:
+    alg = jwk.get("alg", "RS256" if kty == "RSA" else "ES256")
+    if not isinstance(alg, str) or KEY_TYPES.get(alg) != kty:
         raise _KeyRefused("alg does not fit kty")
     kid = jwk.get("kid")
     if kid is not None and (not isinstance(kid, str) or not 0 < len(kid.encode("utf-8", "replace")) <= KID_BYTES_MAX):
         raise _KeyRefused("kid is not a short string")
-    verify = _rsa_verify(jwk, alg) if jwk["kty"] == "RSA" else _ec_verify(jwk, alg)
+    verify = _rsa_verify(jwk, alg) if kty == "RSA" else _ec_verify(jwk, alg)
     return PublicKey(kid, alg, thumbprint(jwk), verify)
 
 

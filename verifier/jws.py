@@ -21,7 +21,8 @@ __all__ = ["verify_compact"]
 
 def _local_hmac_keys(document: Mapping[str, Any]) -> list[HmacKey]:
     keys = []
-    for jwk in document.get("keys", ()):
+    members = document.get("keys")
+    for jwk in members if isinstance(members, list) else ():
         if isinstance(jwk, dict) and jwk.get("kty") == "oct" and jwk.get("alg", "HS256") == "HS256":
             try:
                 secret = decode_segment(str(jwk.get("k", "")).encode("ascii"), "k")

@@ -33,9 +33,16 @@ def hmac_keys(secrets: Iterable[Secret]) -> tuple[HmacKey, ...]:
     if isinstance(secrets, str | bytes):
         raise invalid("hs256_secrets", "expected a list of secrets")
     keys = []
-    for item in secrets:
-        kid, secret = item if isinstance(item, tuple) else (None, item)
-        raw = secret.encode() if isinstance(secret, str) else bytes(secret)
+    given: Any
+    for given in secrets:
+        kid, secret = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
+        if not isinstance(secret, str | bytes) or not isinstance(kid, str | None):
+            raise invalid("hs256_secrets", "expected secrets as text or bytes, or pairs of a kid and a secret")
+        try:
+            # surrogateescape: an environment variable that is not UTF-8 gives its very bytes
+            raw = secret.encode("utf-8", "surrogateescape") if isinstance(secret, str) else secret
+        except UnicodeEncodeError:
+            raise invalid("hs256_secrets", "a secret is not Unicode text; give it as bytes") from None
         try:
             keys.append(HmacKey.from_secret(raw, kid))
         except ValueError as error:

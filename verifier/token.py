@@ -165,9 +165,9 @@ def _read_header(segment: bytes) -> Header:
         raise InvalidToken("alg_not_allowed", step=2, reason="missing" if alg is None else "not a string")
     if "crit" in members:
         raise InvalidToken("crit_not_supported", step=2)
-    if kid is not None and (not isinstance(kid, str) or not kid or len(kid.encode()) > KID_BYTES_MAX):
+    if "kid" in members and (not isinstance(kid, str) or not kid or len(kid.encode()) > KID_BYTES_MAX):
         raise InvalidToken("kid_invalid", step=2)
-    return Header(alg, kid, typ is None or (isinstance(typ, str) and typ.lower() in _TYPES))
+    return Header(alg, kid, "typ" not in members or (isinstance(typ, str) and typ.lower() in _TYPES))
 
 
 class _HeaderMemo:

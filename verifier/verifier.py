@@ -501,7 +501,9 @@ class Verifier:
         position = view.position if view is not None else None
         counters = self.counters + Counter(self._client.counters if self._client is not None else {})
         return Status(
-            ready=self._running and keys.keys is not None and (view is None or view.freshness.synced),
+            ready=self._running
+            and (keys.keys is not None or self._client is None)
+            and (view is None or view.freshness.synced),
             fresh=staleness.fresh,
             reason=staleness.reason,
             staleness_s=staleness.seconds,
