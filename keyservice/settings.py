@@ -11,11 +11,13 @@ import binascii
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from redis.asyncio.connection import parse_url
 
 from verifier.jwk import HmacKey
 
@@ -146,9 +148,20 @@ class Settings(BaseSettings):
         """``host:port`` is short for ``redis://host:port``."""
         if value and "://" not in value:
             value = f"redis://{value}"
-        if value and not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("is not redis://host:port, rediss://host:port or unix:///path")
+        try:
+            if value:
+                parse_url(value)
+        except ValueError:
+            raise ValueError("is not redis://host:port, rediss://host:port or unix:///path") from None
         return value
+
+    @field_validator("source_address")
+    @classmethod
+    def _as_address(cls, value: str | None) -> str | None:
+        try:
+            return value and str(ip_address(value))
+        except ValueError:
+            raise ValueError("is not an IP address of this machine") from None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

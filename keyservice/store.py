@@ -20,6 +20,7 @@ from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     BusyLoadingError,
+    NoPermissionError,
     NoScriptError,
     RedisError,
     ResponseError,
@@ -79,6 +80,7 @@ class Node:
 
     async def write(self, *command: Any) -> Any:
         """One command, sent at most once; raises :class:`StoreError`."""
+        await asyncio.sleep(0)  # lets the end of an idle connection be seen before it is used
         try:
             connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it so
         except (RedisError, OSError) as error:
@@ -112,14 +114,12 @@ class Node:
         """Whether the server answers; raises :class:`StartError` for what waiting cannot heal, StoreError else."""
         try:
             await self.redis.ping()
-        except (AuthenticationError, AuthorizationError):
-            message = f"{setting}: wrong user name or password (KEYSERVICE_REDIS_USERNAME, KEYSERVICE_REDIS_PASSWORD)"
-            raise StartError("redis_wrong_password", message) from None
-        except ResponseError as error:
-            if _first_word(error) in ("NOAUTH", "WRONGPASS", "NOPERM"):
+        except (RedisError, OSError) as error:
+            if _wrong_credentials(error):
+                message = f"{setting}: wrong user name or password (REDIS_USERNAME, REDIS_PASSWORD)"
+                raise StartError("redis_wrong_password", message) from None
+            if isinstance(error, NoPermissionError):
                 raise StartError("redis_no_permission", f"{setting}: the user may not do what is needed") from None
-            raise PrimaryUnreachable from None
-        except (RedisError, OSError):
             raise PrimaryUnreachable from None
 
 
@@ -129,6 +129,14 @@ def _first_word(error: RedisError) -> str:
     return named.get(type(error).__name__) or str(error).partition(" ")[0][:32] or "ERR"
 
 
+def _wrong_credentials(error: BaseException | None) -> bool:
+    """redis-py wraps what the server says to AUTH into another connection error, sometimes."""
+    while error is not None:
+        if isinstance(error, AuthenticationError | AuthorizationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _why_unreachable(error: Exception) -> str:
-    wrong = isinstance(error, AuthenticationError | AuthorizationError)
-    return "primary_wrong_password" if wrong else "primary_unreachable"
+    return "primary_wrong_password" if _wrong_credentials(error) else "primary_unreachable"

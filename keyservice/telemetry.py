@@ -13,7 +13,15 @@ from importlib import metadata
 from typing import Any, Final
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    generate_latest,
+)
 
 __all__ = ["METRICS_TYPE", "Metrics", "configure_logging"]
 
@@ -28,6 +36,7 @@ class Metrics:
     """One registry per application, so that several can live in one process."""
 
     def __init__(self, region: str) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each counter, and no use
         registry = self.registry = CollectorRegistry()
         self.requests = Counter(
             "keyservice_http_requests",

@@ -85,11 +85,16 @@ def draft(request: RevocationRequest, entry_id: str, now: float, policy: Revocat
         raise RequestRefused("kind_unknown", f"kind is one of {', '.join(sorted(KINDS - {EPOCH_KIND}))}")
     if request.before is not None and request.kind not in CUTOFF_KINDS:
         raise RequestRefused("before_invalid", f"before belongs to {', '.join(sorted(CUTOFF_KINDS))} only")
-    if request.before is not None and not 0 <= request.before <= now + policy.max_skew_s:
+    if request.before is not None and not 0 <= request.before <= _cut_at(now, policy):
         raise RequestRefused("before_invalid", "before is a time in Unix seconds that is not in the future")
     issuer = policy.issuer if request.issuer is None else request.issuer
     value = _value(request.kind, request.value)
     return Draft(chosen, request.kind, issuer, value, request.before, request.reason)
+
+
+def _cut_at(now: float, policy: RevocationPolicy) -> int:
+    """The ``before`` of a cut-off made ``now``, and the latest that a caller may choose."""
+    return math.ceil(now + policy.max_skew_s)
 
 
 def _value(kind: str, value: str | None) -> str:
@@ -139,7 +144,7 @@ def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
     """The entry to append at ``now`` (Unix seconds), its ``at`` still open; raises :class:`RequestRefused`."""
     before = wanted.before
     if before is None and wanted.kind in CUTOFF_KINDS:
-        before = math.ceil(now + policy.max_skew_s)
+        before = _cut_at(now, policy)
     if wanted.kind == "kid":
         expires_at = NEVER_EXPIRES
     elif wanted.until is not None:

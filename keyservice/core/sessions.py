@@ -70,7 +70,7 @@ class RefreshToken:
     def __repr__(self) -> str:
         return "RefreshToken(…)"
 
-    def __reduce__(self) -> str:
+    def __reduce_ex__(self, protocol: object) -> str:
         raise TypeError("a refresh token is not to be serialised")
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import jwt
 import pytest
 
@@ -70,7 +71,8 @@ async def test_a_pinned_client_gets_the_old_form(running: Running) -> None:
 async def test_what_is_refused_has_the_shape_of_rfc_6749(
     running: Running, form: dict[str, str], auth: tuple[str, str] | None, status: int, error: str
 ) -> None:
-    answer = await running.public.post("/oauth2/token", data=form or {"x": "y"}, auth=auth)
+    credentials = httpx.BasicAuth(*auth) if auth is not None else None
+    answer = await running.public.post("/oauth2/token", data=form or {"x": "y"}, auth=credentials)  # type: ignore[arg-type]
     assert (answer.status_code, answer.json()["error"]) == (status, error)
     assert set(answer.json()) == {"error", "error_description"}
     assert answer.headers["cache-control"] == "no-store"

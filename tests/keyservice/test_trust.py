@@ -1,0 +1,337 @@
+"""The trust log's scripts against a real server: every refusal, races, and positions without holes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from keyservice.core.revocation import Stored
+from keyservice.core.rotation import KeyRecord, prepare
+from keyservice.errors import OutcomeUnknown, PrimaryUnreachable, Refused, WaitingForBootstrap
+from keyservice.limits import APPEND_ENTRIES_MAX
+from keyservice.store import Node
+from keyservice.trust import TrustLog, read_keys
+from tests.keyservice.support import Server, until
+from verifier.log import (
+    BEAT_KEY,
+    EPOCH_KEY,
+    KEYS_KEY,
+    LOG_KEY,
+    META_KEY,
+    Beat,
+    Entry,
+    Epoch,
+    Generation,
+    Meta,
+    Position,
+)
+from verifier.reader import Reader
+from verifier.testing import make_key
+
+KEY = make_key()
+
+
+def entry(name: str = "x") -> Entry:
+    return Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu")
+
+
+def record(state: str = "prepared", rev: int = 0) -> KeyRecord:
+    made = prepare(KEY.kid, "eu", "RS256", dict(KEY.jwk), 1.0)
+    return msgspec.structs.replace(made, state=state, rev=rev)
+
+
+@pytest.fixture
+async def node(server: Server) -> AsyncIterator[Node]:
+    made = Node(server.url)
+    yield made
+    await made.close()
+
+
+def log_on(node: Node, *, bootstraps: bool = True) -> TrustLog:
+    return TrustLog(node, region="eu", bootstraps=bootstraps, max_token_lifetime_s=86_400)
+
+
+@pytest.fixture
+def trust(node: Node) -> TrustLog:
+    return log_on(node)
+
+
+def epoch_of(server: Server) -> Epoch:
+    with server.client() as client:
+        return Epoch.decode(client.hgetall(EPOCH_KEY))
+
+
+def read_log(server: Server) -> list[tuple[Position, Entry]]:
+    """The whole log, as a verifier reads it: raises if there is a hole or a fork."""
+    with server.client() as client:
+        reader = Reader(Meta.decode(client.hgetall(META_KEY)), epoch_of(server))
+        return reader.accept(client.xrange(LOG_KEY))
+
+
+# -- epochs -----------------------------------------------------------------------------------------------------------
+
+
+async def test_the_bootstrap_region_starts_the_log(trust: TrustLog, server: Server) -> None:
+    before_ms = int(time.time() * 1000)
+    epoch = await trust.ensure_epoch()
+    assert epoch == epoch_of(server)
+    assert epoch.number >= before_ms
+    assert (epoch.open, epoch.generation) == (False, Generation(epoch.number, 0))
+    (link,) = epoch.chain
+    assert (link.number, link.nonce, link.previous, link.voters, link.opened) == (
+        epoch.number,
+        epoch.nonce,
+        None,
+        {},
+        False,
+    )
+    ((position, first),) = read_log(server)
+    assert (position, first.kind, first.epoch_start()) == (
+        Position(epoch.number, 0, epoch.nonce),
+        "epoch",
+        (epoch.nonce, None),
+    )
+    with server.client() as client:
+        meta = Meta.decode(client.hgetall(META_KEY))
+    assert (meta.trimmed_to, meta.writer_format, meta.max_token_lifetime_s) == (None, 1, 86_400)
+
+
+async def test_another_region_waits_for_it(node: Node, server: Server) -> None:
+    with pytest.raises(WaitingForBootstrap):
+        await log_on(node, bootstraps=False).append([entry()])
+    with server.client() as client:
+        assert client.dbsize() == 0
+    await log_on(node).ensure_epoch()
+    await log_on(node, bootstraps=False).append([entry()])
+
+
+async def test_many_bumpers_at_once_open_one_epoch(node: Node, server: Server) -> None:
+    logs = [log_on(node) for _ in range(10)]
+    epochs = await asyncio.gather(*(log.ensure_epoch() for log in logs))
+    assert len({epoch.nonce for epoch in epochs}) == 1
+    assert sum(log.bumps for log in logs) == 1
+    with server.client() as client:
+        client.hset(EPOCH_KEY, "replid", "0" * 40)
+    await asyncio.gather(*(log.append([entry(f"e{n}")]) for n, log in enumerate(logs)))
+    assert sum(log.bumps for log in logs) == 2
+    read = read_log(server)
+    assert [e.kind for _, e in read] == ["epoch", "epoch", *["jti"] * 10]
+
+
+async def test_a_new_replication_id_makes_a_new_epoch_in_one_history(
+    trust: TrustLog, server: Server, start_server: Callable[..., Server]
+) -> None:
+    (first,) = await trust.append([entry("a")])
+    replica = start_server("replica", "--port", "0", "--replicaof", "127.0.0.1", "1")
+    with server.client() as client, replica.client() as other:
+        client.config_set("bind", "127.0.0.1")
+        client.config_set("port", port := _free_port())
+        other.replicaof("127.0.0.1", port)
+        until(lambda: other.info("replication")["master_link_status"] == "up")
+        assert client.info("replication")["master_replid"] != epoch_of(server).replid
+        (second,) = await trust.append([entry("b")])
+        assert second.position.epoch > first.position.epoch
+        assert [e.id for _, e in read_log(server) if e.kind == "jti"] == ["a", "b"]
+        assert epoch_of(server).chain[-1].previous == str(first.position)
+        until(lambda: len(other.xrange(LOG_KEY)) == 4)
+    stranger = Node(replica.url)
+    try:
+        with pytest.raises(PrimaryUnreachable) as refused:
+            await log_on(stranger).append([entry("c")])
+        assert refused.value.code == "not_primary"
+    finally:
+        await stranger.close()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.mark.parametrize("field", ["number", "nonce"])
+async def test_an_epoch_that_somebody_else_opened_is_read_and_used(trust: TrustLog, server: Server, field: str) -> None:
+    epoch = await trust.ensure_epoch()
+    with server.client() as client:
+        client.hset(EPOCH_KEY, field, {"number": str(epoch.number + 7), "nonce": "f" * 16}[field])
+    (stored,) = await trust.append([entry()])
+    assert stored.position.epoch == epoch_of(server).number
+    assert trust.bumps == 1
+
+
+async def test_a_number_is_above_everything_in_the_log(trust: TrustLog, server: Server) -> None:
+    await trust.ensure_epoch()
+    far = int(time.time() * 1000) + 10**9
+    with server.client() as client:
+        client.hset(EPOCH_KEY, mapping={"number": str(far), "replid": "0" * 40})
+    trust.seen = None
+    (stored,) = await trust.append([entry()])
+    assert stored.position.epoch == far + 1
+
+
+# -- appending --------------------------------------------------------------------------------------------------------
+
+
+async def test_positions_are_dense_and_entries_come_back_as_written(trust: TrustLog, server: Server) -> None:
+    stored: list[Stored] = []
+    for size in (1, APPEND_ENTRIES_MAX, 3):
+        stored += await trust.append([entry(f"{len(stored) + n}") for n in range(size)])
+    read = read_log(server)[1:]
+    assert [(place, e) for e, place in stored] == read
+    assert [place.seq for place, _ in read] == list(range(1, APPEND_ENTRIES_MAX + 5))
+    assert abs(stored[0].entry.at / 1000 - time.time()) < 5
+
+
+@pytest.mark.parametrize("size", [0, APPEND_ENTRIES_MAX + 1])
+async def test_one_call_takes_a_bounded_number(trust: TrustLog, size: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1,000"):
+        await trust.append([entry()] * size)
+
+
+async def test_values_are_exact_bytes(trust: TrustLog, server: Server) -> None:
+    strange = Entry("i", "sub", "ß", " ünïcode\n\0'\"\\", 7, 2_000_000_000, "…", 0, "eu")
+    await trust.append([strange])
+    (_, read) = read_log(server)[-1]
+    assert read.caller_fields() == strange.caller_fields()
+
+
+# -- outcomes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_dead_primary_is_unreachable_and_nothing_was_sent(trust: TrustLog, server: Server) -> None:
+    await trust.append([entry()])
+    server.kill()
+    with pytest.raises(PrimaryUnreachable):
+        await trust.append([entry()])
+
+
+async def test_a_primary_that_stops_answering_leaves_the_outcome_open(
+    trust: TrustLog, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await trust.append([entry("a")])
+    with server.client() as client:
+        client.client_pause(10_000)
+        started = time.monotonic()
+        with pytest.raises(OutcomeUnknown):
+            await trust.append([entry("b")])
+        assert time.monotonic() - started < 5
+        client.client_unpause()
+    assert [e.id for _, e in read_log(server)[1:]] in (["a"], ["a", "b"])
+
+
+async def test_a_full_server_refuses_by_name(trust: TrustLog, server: Server) -> None:
+    await trust.append([entry()])
+    with server.client() as client:
+        client.config_set("maxmemory", 1)
+        with pytest.raises(Refused) as refused:
+            await trust.append([entry("b")])
+        assert refused.value.code == "OOM"
+        client.config_set("maxmemory", 0)
+    assert len(read_log(server)) == 2
+
+
+# -- beats ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_beat_says_how_far_the_log_goes(trust: TrustLog, server: Server) -> None:
+    (stored,) = await trust.append([entry()])
+    beaten = await trust.beat(200)
+    assert beaten.written
+    with server.client() as client:
+        beat = Beat.decode(client.hgetall(BEAT_KEY))
+    assert (beat.n, beat.position, beat.at_ms) == (0, stored.position, beaten.server_ms)
+    assert beat.generation == Generation(stored.position.epoch, 0)
+    assert beat.confirmed_n is None
+
+
+async def test_beats_of_several_services_keep_their_distance_and_count(trust: TrustLog, server: Server) -> None:
+    with server.client() as client:
+        assert (await trust.beat(60_000)).written
+        assert not (await trust.beat(60_000)).written
+        now_ms = int(time.time() * 1000)
+        for age_ms, written in ((44_000, False), (46_000, True)):
+            client.hset(BEAT_KEY, "at", now_ms - age_ms)
+            assert (await trust.beat(60_000)).written is written
+        assert client.hget(BEAT_KEY, "n") == b"1"
+        client.hset(EPOCH_KEY, "replid", "0" * 40)
+        assert (await trust.beat(60_000)).written
+        beat = Beat.decode(client.hgetall(BEAT_KEY))
+    assert (beat.n, beat.nonce) == (0, epoch_of(server).nonce)
+
+
+# -- key records ------------------------------------------------------------------------------------------------------
+
+
+async def test_key_records_and_their_generation_are_read_together(trust: TrustLog, node: Node) -> None:
+    generation = await trust.put_keys([(-1, record())])
+    view = await read_keys(node, "eu")
+    assert view.records == {KEY.kid: record()}
+    assert view.generation == generation == Generation(generation.epoch, 1)
+
+
+async def test_of_racing_writers_one_wins(node: Node) -> None:
+    await log_on(node).put_keys([(-1, record())])
+    logs = [log_on(node) for _ in range(5)]
+    results = await asyncio.gather(
+        *(log.put_keys([(0, record("published", 1))]) for log in logs), return_exceptions=True
+    )
+    refused = [error for error in results if isinstance(error, Refused)]
+    assert [error.code for error in refused] == ["TRUST_REV"] * 4
+    assert (await read_keys(node, "eu")).generation.n == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ((-1, record("published", 9)), "TRUST_REV"),
+        ((4, record("retiring", 9)), "TRUST_REV"),
+        ((5, record("retiring", 5)), "TRUST_REV"),
+        ((5, record("published", 6)), "TRUST_STATE"),
+        ((5, record("nonsense", 6)), "TRUST_STATE"),
+    ],
+)
+async def test_a_record_only_moves_forward(trust: TrustLog, node: Node, change: Any, code: str) -> None:
+    await trust.put_keys([(-1, record("active", 5))])
+    with pytest.raises(Refused) as refused:
+        await trust.put_keys([change])
+    assert refused.value.code == code
+    view = await read_keys(node, "eu")
+    assert (view.records[KEY.kid], view.generation.n) == (record("active", 5), 1)
+
+
+async def test_records_are_written_all_or_none(trust: TrustLog, server: Server) -> None:
+    other = make_key()
+    second = prepare(other.kid, "eu", "RS256", dict(other.jwk), 1.0)
+    await trust.put_keys([(-1, second)])
+    with pytest.raises(Refused):
+        await trust.put_keys([(-1, record()), (-1, second)])
+    with server.client() as client:
+        assert client.hlen(KEYS_KEY) == 1
+
+
+async def test_a_new_key_can_demand_that_nothing_changed(trust: TrustLog) -> None:
+    epoch = await trust.ensure_epoch()
+    generation = Generation(epoch.number, 0)
+    await trust.put_keys([(-1, record())], unchanged_since=generation)
+    other = make_key()
+    with pytest.raises(Refused) as refused:
+        await trust.put_keys(
+            [(-1, prepare(other.kid, "eu", "RS256", dict(other.jwk), 1.0))], unchanged_since=generation
+        )
+    assert refused.value.code == "TRUST_REV"
+
+
+async def test_a_record_under_a_false_kid_is_left_out(trust: TrustLog, node: Node, server: Server) -> None:
+    await trust.put_keys([(-1, record())])
+    other = make_key()
+    with server.client() as client:
+        client.hset(KEYS_KEY, other.kid, msgspec.json.encode(record()))
+        client.hset(KEYS_KEY, "x", b"not JSON")
+    assert list((await read_keys(node, "eu")).records) == [KEY.kid]
