@@ -86,7 +86,7 @@ $(INSTALLED): .venv/.made
 # --- running ----------------------------------------------------------------------------------------------------------
 
 .PHONY: demo
-demo: install ## set up, then the main job: regions, lag, a revocation, a failover
+demo: install ## set up, then the main job: log in, revoke, measure the lag, rotate keys
 	@$(PY) -m regions demo $(ARGS)
 
 .PHONY: up

@@ -27,7 +27,7 @@ import httpx
 
 from keyservice.clients import hash_secret
 from regions.cluster_file import ClientSecret, ClusterFile, DemoUser, RegionUrls
-from regions.embedded import Server, runtime_directory, start_servers
+from regions.embedded import Server, restart_server, runtime_directory, start_servers
 from regions.errors import ClusterRunning, NotReady, RegionsError
 from regions.link_control import LinkControl
 from regions.link_rules import Lag, LinkConfig, Listener
@@ -148,6 +148,14 @@ class Cluster:
     def check(self) -> None:
         """Raise `ServerStartFailed` if anything ended that should run."""
         self._nursery.check()
+
+    def child(self, name: str) -> Child:
+        """The process called `redis-REGION`, `keyservice-REGION`, `orders-REGION`, `login-REGION` or `link`."""
+        return next(child for child in reversed(self._nursery.children) if child.name == name)
+
+    def restart_server(self, region: str) -> None:
+        """Start a region's server again, on the data it left."""
+        self.servers[region] = restart_server(self.servers[region], self._nursery, timeout_s=READY_WITHIN_S)
 
     # -- starting -------------------------------------------------------------------------------------------------
 

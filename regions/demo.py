@@ -198,8 +198,7 @@ class Demo:
         primary = self.callers.home
         client = redis.asyncio.Redis.from_url(
             primary.urls.observer_redis_url,
-            lib_name=None,
-            lib_version=None,
+            driver_info=None,
             **bound_connection_kwargs(primary.urls.bind_address, asynchronous=True),
         )
         async with client:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from regions.errors import ServerNotFound, ServerStartFailed, SocketPathTooLong
@@ -25,6 +25,7 @@ __all__ = [
     "ServerBinary",
     "ServerFiles",
     "find_server",
+    "restart_server",
     "runtime_directory",
     "start_servers",
     "wait_ready",
@@ -186,6 +187,7 @@ class Server:
 
     region: Region
     child: Child
+    argv: tuple[str, ...]
     files: ServerFiles
     passwords: Mapping[str, str] = field(repr=False)
     """By user: see `regions.server_config`."""
@@ -218,13 +220,21 @@ def start_servers(
             version=binary.version,
             replica_of=None if region == topology.primary else topology.primary,
         )
-        child = nursery.spawn(f"redis-{region.name}", [str(binary.path), str(files.config)], cwd=files.data_dir)
-        servers[region.name] = Server(region, child, files, credentials.as_dict())
+        argv = (str(binary.path), str(files.config))
+        child = nursery.spawn(f"redis-{region.name}", argv, cwd=files.data_dir)
+        servers[region.name] = Server(region, child, argv, files, credentials.as_dict())
     deadline = time.monotonic() + timeout_s
     for server in servers.values():
         remaining_s = deadline - time.monotonic()
         wait_ready(server.files.uds, "observer", credentials.observer, remaining_s, check=nursery.check)
     return servers
+
+
+def restart_server(server: Server, nursery: Nursery, *, timeout_s: float = 30.0) -> Server:
+    """Start a server that has ended, on the data it left, and return when it is ready. Raises `ServerStartFailed`."""
+    child = nursery.spawn(server.child.name, server.argv, cwd=server.files.data_dir)
+    wait_ready(server.files.uds, "observer", server.passwords["observer"], timeout_s, check=nursery.check)
+    return replace(server, child=child)
 
 
 def wait_ready(

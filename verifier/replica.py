@@ -341,8 +341,7 @@ def _connector(
         "socket_connect_timeout": REDIS_TIMEOUT_S,
         "retry": Retry(NoBackoff(), 0),
         "health_check_interval": 0,
-        "lib_name": None,
-        "lib_version": None,
+        "driver_info": None,  # no CLIENT SETINFO: Redis 7.0 cannot allow it to a user
     }
     if username is not None:
         settings["username"] = username
