@@ -104,7 +104,7 @@ class Freshness:
             (self.confirmed is None and self.holed_nonce is not None, "hole"),
             (self.confirmed is None and not self.epoch_open, "epoch_closed"),
             (self.confirmed is None, "unconfirmed"),
-            (seconds is None or seconds > max_staleness_s, "stale"),
+            (seconds is None or not seconds <= max_staleness_s, "stale"),
         )
         return next((reason for wrong, reason in checks if wrong), None)
 

@@ -12,7 +12,7 @@ from .decision import PUBLIC_KEY_ALGORITHMS, Rules
 from .errors import ConfigurationError
 from .jwk import HmacKey, JwksError, KeySet
 
-__all__ = ["build_rules", "check_jwks_urls", "environment_settings", "local_keys"]
+__all__ = ["build_rules", "check_jwks_urls", "environment_settings", "local_keys", "seconds"]
 
 Secret = str | bytes | tuple[str, str | bytes]
 """An HS256 secret, or a pair of its ``kid`` and it."""
@@ -52,8 +52,9 @@ def hmac_keys(secrets: Iterable[Secret]) -> tuple[HmacKey, ...]:
     return tuple(keys)
 
 
-def _non_negative(name: str, value: float) -> float:
-    if not 0 <= value < float("inf"):
+def seconds(name: str, value: Any) -> float:
+    """A setting in seconds; raises :class:`ConfigurationError`."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
         raise invalid(name, "expected a number of seconds, 0 or more")
     return float(value)
 
@@ -80,19 +81,19 @@ def build_rules(
     allowed = frozenset(algorithms)
     if not allowed or not allowed <= set(PUBLIC_KEY_ALGORITHMS):
         raise invalid("algorithms", f"expected some of {', '.join(PUBLIC_KEY_ALGORITHMS)}")
-    if _non_negative("leeway_s", leeway_s) < _non_negative("max_skew_s", max_skew_s) + 1:
+    if seconds("leeway_s", leeway_s) < seconds("max_skew_s", max_skew_s) + 1:
         raise invalid("leeway_s", "must be at least max_skew_s + 1, or a fast clock's new tokens are refused")
-    if _non_negative("drop_grace_s", drop_grace_s) < leeway_s + max_skew_s:
+    if seconds("drop_grace_s", drop_grace_s) < leeway_s + max_skew_s:
         raise invalid("drop_grace_s", "must be at least leeway_s + max_skew_s, or revocations are forgotten too early")
     return Rules(
         issuer=issuer,
         audiences=None if audiences is None else frozenset(audiences),
         algorithms=allowed,
         leeway_s=float(leeway_s),
-        max_token_lifetime_s=_non_negative("max_token_lifetime_s", max_token_lifetime_s),
+        max_token_lifetime_s=seconds("max_token_lifetime_s", max_token_lifetime_s),
         require_iat=require_iat,
         hs256_keys=hmac_keys(hs256_secrets),
-        hs256_until=hs256_until,
+        hs256_until=None if hs256_until is None else seconds("hs256_until", hs256_until),
     )
 
 
@@ -110,7 +111,10 @@ def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tu
     if isinstance(urls, str):
         raise invalid("jwks_urls", "expected a list of URLs, the own region's first")
     for url in urls or ():
-        parts = urlsplit(url)
+        try:
+            parts, _ = urlsplit(url), urlsplit(url).port
+        except ValueError:
+            raise invalid("jwks_urls", "one is not a URL") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise invalid("jwks_urls", "expected https:// URLs without credentials")
         if parts.scheme == "http" and not allow_insecure_http and not _is_loopback(parts.hostname):
@@ -180,6 +184,8 @@ def environment_settings(environ: Mapping[str, str] | None = None) -> dict[str, 
     if env.get("JWT_SECRET"):
         found["hs256_secrets"] = [env["JWT_SECRET"]]
     if env.get("REDIS_ADDR"):
+        if "/" in env["REDIS_ADDR"] or "@" in env["REDIS_ADDR"]:
+            raise invalid("redis_url", "REDIS_ADDR is host:port; for a URL set VERIFIER_REDIS_URL")
         found["redis_url"] = [f"redis://{env['REDIS_ADDR']}"]
     for variable, setting in (("REDIS_USERNAME", "redis_username"), ("REDIS_PASSWORD", "redis_password")):
         if env.get(variable):

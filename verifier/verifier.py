@@ -39,7 +39,7 @@ from .limits import UNKNOWN_KID_WAIT_S
 from .log import FormatError, Position
 from .replica import ReplicaMirror, View
 from .revocations import Snapshot
-from .settings import Secret, build_rules, check_jwks_urls, environment_settings, invalid, local_keys
+from .settings import Secret, build_rules, check_jwks_urls, environment_settings, invalid, local_keys, seconds
 
 __all__ = ["Clock", "RevocationSource", "Status", "Verifier"]
 
@@ -192,16 +192,17 @@ class Verifier:
             hs256_secrets=hs256_secrets,
             hs256_until=hs256_until,
         )
-        if on_stale not in ("allow", "deny") or on_unsynced not in ("allow", "deny"):
-            raise invalid("on_stale and on_unsynced", 'expected "allow" or "deny"')
+        for name, policy in (("on_stale", on_stale), ("on_unsynced", on_unsynced)):
+            if policy not in ("allow", "deny"):
+                raise invalid(name, 'expected "allow" or "deny"')
         if token_cache_size < 0:
             raise invalid("token_cache_size", "expected a number of tokens, 0 to switch the cache off")
         self.region = region
         self._on_stale, self._on_unsynced = on_stale, on_unsynced
-        self._max_staleness_s = max_staleness_s
-        self._keys_max_age_s = keys_max_age_s
-        self._min_position_wait_s = min_position_wait_s
-        self._token_cache_ttl_s = _FAR if token_cache_ttl_s is None else token_cache_ttl_s
+        self._max_staleness_s = seconds("max_staleness_s", max_staleness_s)
+        self._keys_max_age_s = seconds("keys_max_age_s", keys_max_age_s)
+        self._min_position_wait_s = seconds("min_position_wait_s", min_position_wait_s)
+        self._token_cache_ttl_s = _FAR if token_cache_ttl_s is None else seconds("token_cache_ttl_s", token_cache_ttl_s)
         self._time, self._mono = clock.time, clock.monotonic
         self._cache: TokenCache[_Hit] = TokenCache(token_cache_size)
         self.counters: Counter[str] = Counter()
@@ -272,7 +273,10 @@ class Verifier:
         deadline = time.monotonic() + timeout_s
         if self._client is not None and not self._client.wait_ready(timeout_s):
             return False
-        return self._mirror is None or self._mirror.wait_synced(max(0.0, deadline - time.monotonic()))
+        if self._mirror is not None and not self._mirror.wait_synced(max(0.0, deadline - time.monotonic())):
+            return False
+        self._catch_up()
+        return True
 
     def __enter__(self) -> Self:
         return self.start()
@@ -329,14 +333,22 @@ class Verifier:
     def _keys_changed(self, _keys: KeysView) -> None:
         self._renew_world()
 
-    def _view_changed(self, view: View) -> None:
-        with self._changing:
-            world = self._world
+    def _view_changed(self, _view: View) -> None:
+        assert self._mirror is not None
+        with self._changing:  # the newest view, whichever thread comes here last
+            world, view = self._world, self._mirror.view
             if view.snapshot is world.revocations:
                 world.freshness = view.freshness
                 self._set_deadlines(world)
             else:
                 self._world = self._new_world()
+
+    def _catch_up(self) -> None:
+        """Judge by what is held at this moment: who waits for a part may wake before the part has told us."""
+        if self._client is not None and self._client.view is not self._world.keys:
+            self._renew_world()
+        if self._mirror is not None:
+            self._view_changed(self._mirror.view)
 
     # -- verifying ------------------------------------------------------------------------------------------------
 
@@ -439,14 +451,16 @@ class Verifier:
 
     def _decide_again(self, token: str, max_staleness_s: float | None) -> Claims:
         """After a fetch: the kid is known, or unknown to a set that would have to know it, or undecidable."""
+        assert self._client is not None
+        keys = self._client.view  # the decision is made on this set or a newer one, and so is what its outcome means
+        self._catch_up()
         try:
             return self._decide(token, max_staleness_s)
         except UnknownKid as unknown:
-            assert self._client is not None
-            keys = self._client.view
             if keys.keys is None or self._keys_too_old(keys):
                 raise Undecidable("keys_unavailable") from None
             if keys.knows_tokens_of(unknown.iat):
+                self.counters["invalid"] += 1
                 raise
             raise Undecidable("keys_behind") from None
 
@@ -461,10 +475,15 @@ class Verifier:
         """May the revocations of this world decide? Raises :class:`Undecidable`."""
         freshness = world.freshness
         if freshness is None or self._mirror is None:
+            if max_staleness_s is not None:
+                raise Undecidable("revocations_stale", reason="no_mirror")
             return
-        if not freshness.synced and self._on_unsynced == "deny":
-            raise Undecidable("never_synced", reason=self._mirror.view.problem)
-        if max_staleness_s is None and self._on_stale == "allow":
+        if not freshness.synced:
+            if self._on_unsynced == "deny":
+                raise Undecidable("never_synced", reason=self._mirror.view.problem)
+            if max_staleness_s is None:
+                return
+        elif max_staleness_s is None and self._on_stale == "allow":
             return
         bound_s = self._max_staleness_s if max_staleness_s is None else max_staleness_s
         staleness = freshness.staleness(now=self._time(), mono=self._mono(), max_staleness_s=bound_s)
@@ -481,6 +500,7 @@ class Verifier:
             raise Undecidable("position_not_reached", reason="no mirror")
         if not self._mirror.wait_position(lambda view: _reached(view, wanted), self._min_position_wait_s):
             raise Undecidable("position_not_reached", retry_after_s=self._min_position_wait_s)
+        self._catch_up()
 
     # -- what it knows of itself ----------------------------------------------------------------------------------
 
@@ -499,7 +519,10 @@ class Verifier:
         view = self._mirror.view if self._mirror is not None else None
         staleness = self._staleness()
         position = view.position if view is not None else None
-        counters = self.counters + Counter(self._client.counters if self._client is not None else {})
+        counters: Counter[str] = Counter()
+        for part in (self, self._client, self._mirror):
+            if part is not None:
+                counters.update(part.counters.copy())  # other threads add to them meanwhile
         return Status(
             ready=self._running
             and (keys.keys is not None or self._client is None)
@@ -520,7 +543,7 @@ class Verifier:
             problem=None if view is None else view.problem,
             region=self.region,
             token_cache_entries=len(self._cache),
-            counters=dict(counters + (self._mirror.counters if self._mirror is not None else Counter())),
+            counters=dict(counters),
         )
 
 
@@ -552,15 +575,19 @@ def _mirror_maker(
 def _parse_position(text: str) -> Position:
     try:
         return Position.parse(text)
-    except FormatError:
+    except (FormatError, TypeError):
         raise invalid("min_position", "expected <epoch>-<seq>.<nonce>, as in a Trust-Position header") from None
 
 
 def _reached(view: View, wanted: Position) -> bool:
-    """The same history at or past the position, or a later epoch that a majority merged into."""
-    at = view.position
-    if at is None:
+    """The same history at or past the position, or a later one that holds whatever was acknowledged before it.
+
+    A later epoch is known to hold that only once a beat of it was confirmed and applied: an epoch may open while this
+    mirror has yet to read what the regions added to it.
+    """
+    at, vouched = view.position, view.freshness.confirmed
+    if at is None or at.nonce == view.freshness.holed_nonce:
         return False
     if at.nonce == wanted.nonce:
         return at[:2] >= wanted[:2]
-    return view.freshness.epoch_open and at.epoch > wanted.epoch
+    return vouched is not None and vouched.nonce == at.nonce and at.epoch > wanted.epoch
