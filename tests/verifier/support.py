@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from cryptography.hazmat.primitives import hashes, hmac
 from cryptography.hazmat.primitives.asymmetric import padding
 
 from verifier import InvalidToken, Verifier
+from verifier.freshness import Heard
+from verifier.log import CUTOFF_KINDS, NEVER_EXPIRES, Entry, Position
+from verifier.replica import View
+from verifier.revocations import Mirror, Snapshot
 from verifier.testing import ManualClock, SigningKey, StaticKeys, StaticRevocations, b64url, sign
 
 ISSUER = "https://id.test"
@@ -91,3 +96,54 @@ def refusal(verifier: Verifier, token: Any) -> InvalidToken:
 
 def code_of(verifier: Verifier, token: Any) -> str:
     return refusal(verifier, token).code
+
+
+class Source:
+    """A mirror whose view the test sets, and of whose changes it tells the verifier when it pleases."""
+
+    def __init__(self, view: View) -> None:
+        self.counters: Counter[str] = Counter()
+        self.view = view
+        self._on_change: list[Callable[[View], None]] = []
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def wait_synced(self, timeout_s: float) -> bool:
+        return self.view.freshness.synced
+
+    def wait_position(self, reached: Callable[[View], bool], timeout_s: float) -> bool:
+        return reached(self.view)
+
+    def subscribe(self, on_change: Callable[[View], None]) -> None:
+        self._on_change.append(on_change)
+
+    def tell(self) -> None:
+        for on_change in self._on_change:
+            on_change(self.view)
+
+
+NONCE = "0123456789abcdef"
+NONCE_2 = "fedcba9876543210"
+
+
+def entry(kind: str, value: str, **fields: Any) -> Entry:
+    """An entry of the trust log, good for a day after NOW."""
+    cutoff = NOW if kind in CUTOFF_KINDS else None
+    expires_at = NEVER_EXPIRES if kind == "kid" else NOW + 86_400
+    base: dict[str, Any] = {
+        "id": f"{kind}-{value or 'x'}", "kind": kind, "issuer": ISSUER, "value": value, "before": cutoff,
+        "expires_at": expires_at, "reason": "", "at": NOW * 1000, "region": "test",
+    }  # fmt: skip
+    return Entry(**{**base, **fields})
+
+
+def snapshot_of(*entries: Entry) -> Snapshot:
+    mirror = Mirror()
+    mirror.apply(entries)
+    return mirror.snapshot
+
+
+def heard(position: Position, *, at_s: float = NOW, mono: float = 1_000.0, n: int = 1) -> Heard:
+    return Heard(position.nonce, n, at_s, position, mono)

@@ -7,9 +7,11 @@ from math import prod
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
 
 from tests.verifier import vectors
-from tests.verifier.support import NOW, code_of, make_verifier, token_of
+from tests.verifier.support import NOW, code_of, make_verifier, members, raw_token, token_of
 from verifier import ConfigurationError
 from verifier.jwk import JwksError, KeySet, PublicKey, thumbprint
 from verifier.limits import JWKS_BYTES_MAX, JWKS_KEYS_MAX, KID_BYTES_MAX, RSA_BITS_MAX
@@ -187,8 +189,6 @@ def test_the_algorithm_is_bound_to_the_key(key: SigningKey) -> None:
 
 
 def test_a_token_without_kid_is_verified_with_the_only_key_that_fits(key: SigningKey, other_key: SigningKey) -> None:
-    from tests.verifier.support import raw_token
-
     token = raw_token(key, header=b'{"alg": "RS256"}')
     assert make_verifier(key).verify(token)
     assert make_verifier(jwks={"keys": [dict(key.jwk), vectors.A3_KEY]}).verify(token)
@@ -225,11 +225,6 @@ def test_what_is_no_public_key_has_no_thumbprint(jwk: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("alg", ["RS384", "RS512", "PS256"])
 def test_other_rsa_algorithms_work_only_by_name(key: SigningKey, alg: str) -> None:
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import padding
-
-    from tests.verifier.support import members
-
     head = json.dumps({"alg": alg, "kid": "k"}).encode()
     signing_input = f"{b64url(head)}.{b64url(json.dumps(members()).encode())}"
     digest = {"384": hashes.SHA384(), "512": hashes.SHA512()}.get(alg[2:], hashes.SHA256())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.verifier import vectors
 from tests.verifier.support import token_of
@@ -12,6 +14,7 @@ from verifier import ConfigurationError, InvalidToken
 from verifier.jwk import thumbprint
 from verifier.jws import verify_compact
 from verifier.testing import SigningKey, b64url
+from verifier.token import decode_segment
 
 
 @pytest.mark.parametrize(
@@ -70,8 +73,6 @@ def test_a_secret_beside_a_public_key_is_used_for_hs256_only() -> None:
 
 
 def test_a_public_key_as_an_oct_key_is_refused(key: SigningKey) -> None:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
     pem = key.private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     token = token_of(pem)
     with pytest.raises(ConfigurationError):
@@ -102,10 +103,6 @@ def test_without_kid_two_keys_that_fit_are_a_choice_nobody_made() -> None:
 
 def test_an_es256_signature_has_exactly_64_bytes() -> None:
     head, body, signature = vectors.A3_TOKEN.split(".")
-    from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
-
-    from verifier.token import decode_segment
-
     raw = decode_segment(signature.encode(), "signature")
     der = encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
     for other in (der, raw[:63], raw + b"\0", bytes(64), b"\0" + raw[:32] + b"\0" + raw[32:]):
