@@ -92,7 +92,8 @@ class _Direction:
     def set_destination_full(self, full: bool) -> None:
         self._destination_full = full
         if not full:
-            self._deliver()
+            # Not at once: asyncio's transport, which is calling, must not be closed under its feet.
+            asyncio.get_running_loop().call_soon(self._deliver)
 
     def _deliver(self) -> None:
         """Hand over what has arrived, and come back when the next is due."""
@@ -178,6 +179,7 @@ class _Endpoint(asyncio.Protocol):
         self._into.set_destination_full(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None  # closing a transport again after this is an error in asyncio
         if not (self._received_eof and self._into.ended):
             self._out.push(End.RESET)
         self._into.lose_destination()

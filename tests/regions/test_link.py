@@ -91,8 +91,10 @@ class LabFactory:
         server = await asyncio.start_unix_server(serve, uds)
         config = link_config(topology, {("a", "redis"): uds}, control, queue_bytes_max=queue)
         lab = Lab(topology, control)
-        async with Proxy(config):
-            yield lab
+        try:
+            async with Proxy(config):
+                yield lab
+        finally:
             await lab.close()
             server.close()
             await asyncio.gather(*(writer.wait_closed() for writer in served), return_exceptions=True)
@@ -243,6 +245,25 @@ async def test_a_half_close_leaves_the_other_direction_open(lab: LabFactory) -> 
         writer.write(b"hello")
         writer.write_eof()
         assert await reader.read(-1) == b"HELLO"
+
+
+async def test_a_slow_reader_gets_the_last_bytes_though_both_sides_have_ended(lab: LabFactory) -> None:
+    payload = os.urandom(8 * 1024 * 1024)
+
+    async def send_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(-1)
+        writer.write(payload)
+        await writer.drain()
+
+    async with lab(send_and_close, default_ms=5) as links:
+        with socket.create_connection((ADDRESS["a"], links.port), source_address=("127.0.2.1", 0)) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            sock.setblocking(False)
+            received = bytearray()
+            while data := await asyncio.get_running_loop().sock_recv(sock, 65_536):
+                received += data
+                await asyncio.sleep(0.001)
+    assert received == payload
 
 
 async def test_a_server_that_closes_ends_the_connection_after_its_last_bytes(lab: LabFactory) -> None:
