@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import msgspec
 
 from keyservice.clients import hash_secret
 from regions.cluster_file import ClientSecret, ClusterFile, DemoUser, RegionUrls
@@ -120,7 +121,8 @@ def _locked(directory: Path) -> Iterator[None]:
 class Cluster:
     """`with Cluster(topology, directory) as cluster:` starts everything, and ends everything however it is left.
 
-    `progress` is told one line a stage. Raises `RegionsError`.
+    While it runs there are two files of mode 0600: `cluster.json` (`regions.cluster_file`), and `login.json` with the
+    demo user's credentials as the login service takes them. `progress` is told one line a stage. Raises `RegionsError`.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Cluster:
     ) -> None:
         self.topology = topology
         self.file_path = directory / "cluster.json"
+        self.login_path = directory / "login.json"
         self._directory = directory
         self._progress = progress
         self._exit = ExitStack()
@@ -163,13 +166,15 @@ class Cluster:
         self._exit.enter_context(_locked(self._directory))
         for name in ("data", "logs", "run"):
             shutil.rmtree(self._directory / name, ignore_errors=True)
-        self.file_path.unlink(missing_ok=True)
+        for path in (self.file_path, self.login_path):
+            path.unlink(missing_ok=True)
         data = self._directory / "data"
         data.mkdir(mode=0o700)
         self._run = self._exit.enter_context(runtime_directory(self._directory))
         self._nursery = self._exit.enter_context(Nursery(self._directory / "logs"))
         self._nursery.remove_at_end(self._run)
-        self._exit.callback(self.file_path.unlink, missing_ok=True)
+        for path in (self.file_path, self.login_path):
+            self._exit.callback(path.unlink, missing_ok=True)
         made = Secrets.generate(self.topology)
         self._stage("link proxy", self._start_link)
         self._stage("servers, replicated over the links", lambda: self._start_servers(data))
@@ -179,6 +184,8 @@ class Cluster:
         self._stage("order and login services", lambda: self._start_services(made, users_file))
         self.file = self._describe(made)
         self.file.write(self.file_path)
+        credentials = {"username": made.user.username, "password": made.user.password}
+        _private_write(self.login_path, msgspec.json.encode(credentials).decode())
 
     def _stage(self, what: str, start: Callable[[], None]) -> None:
         started = time.monotonic()
