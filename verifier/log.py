@@ -170,8 +170,8 @@ class Entry:
             raise FormatError("id_invalid", "an id has 1 to 64 characters of A-Z a-z 0-9 _ -")
         if self.kind not in KINDS:
             raise FormatError("kind_unknown", self.kind[:32])
-        if len(self.value.encode()) > ENTRY_VALUE_BYTES_MAX or (not self.value and self.kind != "all"):
-            raise FormatError("value_invalid", f"a value has 1 to {ENTRY_VALUE_BYTES_MAX} bytes of UTF-8")
+        if len(self.value.encode()) > ENTRY_VALUE_BYTES_MAX or bool(self.value) == (self.kind == "all"):
+            raise FormatError("value_invalid", f"a value has 1 to {ENTRY_VALUE_BYTES_MAX} bytes of UTF-8, for all none")
         if len(self.reason.encode()) > ENTRY_REASON_BYTES_MAX:
             raise FormatError("reason_too_long", f"a reason has at most {ENTRY_REASON_BYTES_MAX} bytes")
         if (self.before is not None) != (self.kind in CUTOFF_KINDS):

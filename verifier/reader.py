@@ -11,6 +11,7 @@ keep everything held, read the log again from its first entry, and take the unio
     at P         anything else                                :class:`Reread` (``hole`` or ``fork``)
     at P         a round's meta, epoch and last id            :class:`Reread` if they contradict P
     re-reading   a gap that is in the log itself              taken over it; the epoch's beats do not count
+    re-reading   a gap that an earlier epoch had recorded     taken over it: the regions have answered with this epoch
 
 An entry that cannot be parsed takes its place in the sequence and is counted, so that one poison entry stops nobody.
 """
@@ -34,15 +35,22 @@ class Reread(Exception):
 
 
 Raw = tuple[bytes, Mapping[bytes, bytes]]
+Gap = tuple[tuple[int, int] | None, tuple[int, int]]
+"""The stream ids on both sides of a gap, None for the beginning of the log."""
 
 
 @dataclass(slots=True)
 class Reader:
-    """One pass over the log. ``tolerant`` is set while re-reading a log that is known to have a hole."""
+    """One pass over the log. ``tolerant`` is set while re-reading a log that is known to have a hole.
+
+    ``known`` are gaps that were recorded in earlier epochs, ``gaps`` those that this pass was taken over.
+    """
 
     meta: Meta
     epoch: Epoch
     tolerant: bool = False
+    known: frozenset[Gap] = frozenset()
+    gaps: set[Gap] = field(default_factory=set)
     position: Position | None = None
     holed_nonce: str | None = None
     skipped: list[str] = field(default_factory=list)
@@ -72,12 +80,12 @@ class Reader:
         if last is None:
             return self._first(number, seq, entry)
         if number == last.epoch:
-            return last.nonce if seq == last.seq + 1 else self._gap("hole", number)
+            return last.nonce if seq == last.seq + 1 else self._gap("hole", number, seq)
         if seq != 0 or number < last.epoch or entry is None or entry.kind != EPOCH_KIND:
-            return self._gap("hole", number)
+            return self._gap("hole", number, seq)
         nonce, previous = entry.epoch_start()
         if previous != last:
-            self._gap("fork", number)
+            self._gap("fork", number, seq)
         return nonce
 
     def _first(self, number: int, seq: int, entry: Entry | None) -> str:
@@ -85,20 +93,23 @@ class Reader:
         if trimmed_to is None:
             if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
                 return entry.epoch_start()[0]
-            return self._gap("hole", number)
+            return self._gap("hole", number, seq)
         if (number, seq) <= trimmed_to:
-            return self._gap("hole", number)
+            return self._gap("hole", number, seq)
         if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
             return entry.epoch_start()[0]
         if (number, seq) != (trimmed_to[0], trimmed_to[1] + 1):
-            return self._gap("hole", number)
+            return self._gap("hole", number, seq)
         nonce = self.epoch.nonce_of(number)
-        return nonce if nonce is not None else self._gap("fork", number)
+        return nonce if nonce is not None else self._gap("fork", number, seq)
 
-    def _gap(self, reason: str, number: int) -> str:
-        if not self.tolerant:
-            raise Reread(reason)
-        self.holed_nonce = self.epoch.nonce
+    def _gap(self, reason: str, number: int, seq: int) -> str:
+        gap = (None if self.position is None else self.position[:2], (number, seq))
+        if gap not in self.known:
+            if not self.tolerant:
+                raise Reread(reason)
+            self.holed_nonce = self.epoch.nonce
+        self.gaps.add(gap)
         return self.epoch.nonce_of(number) or "0" * 16
 
     def check(self, meta: Meta, epoch: Epoch, last_id: tuple[int, int] | None) -> None:

@@ -31,7 +31,7 @@ from .limits import (
 )
 from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Beat, Entry, Epoch, FormatError, Meta, Position
 from .log import parse_stream_id as _stream_id
-from .reader import Raw, Reader, Reread
+from .reader import Gap, Raw, Reader, Reread
 from .revocations import Mirror, Snapshot
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class ReplicaMirror:
             raise ConfigurationError("setting_missing", "redis_url: name at least one server", setting="redis_url")
         self._connectors = [_connector(url, username, password, source_address) for url in nodes]
         self._reader: Reader | None = None
+        self._known_gaps: frozenset[Gap] = frozenset()
         self._drop_grace_s = drop_grace_s
         self._mirror = Mirror()
         self._mirror_lock = threading.Lock()
@@ -190,19 +191,30 @@ class ReplicaMirror:
 
     def _follow(self, client: redis.Redis) -> None:
         """Read the log from its first entry, or go on from the position; start over whenever the log contradicts it."""
-        tolerant = False
+        tolerant, fruitless = False, 0
         while not self._closing.is_set():
             try:
                 reader = self._resume(client) or self._first_read(client, tolerant)
                 self._reader = reader
                 while not self._closing.is_set():
                     self._round(client, reader)
+                    fruitless = 0
             except Reread as reread:
+                if self._reader is not None and reread.reason == "next_epoch":
+                    self._known_gaps = frozenset(self._reader.gaps)
                 self._reader = None
+                self._pause(fruitless)
+                fruitless += 1
                 self.counters["rereads"] += 1
                 self.counters[f"reread_{reread.reason}"] += 1
                 _log.warning("mirror reads the log again: %s", reread.reason)
                 tolerant = reread.reason in ("hole", "fork")
+
+    def _pause(self, fruitless: int) -> None:
+        """Before reading again: a log that contradicts itself must not be read in a tight loop."""
+        if fruitless >= 2:
+            longest_s = min(RECONNECT_DELAY_MIN_S * 2**fruitless, RECONNECT_DELAY_MAX_S)
+            self._closing.wait(random.uniform(longest_s / 2, longest_s))
 
     def _resume(self, client: redis.Redis) -> Reader | None:
         """The reader of the lost connection, if the server still holds what it read; raises :class:`Reread`."""
@@ -215,7 +227,7 @@ class ReplicaMirror:
     def _first_read(self, client: redis.Redis, tolerant: bool) -> Reader:
         self._update(connection="reading")
         _, epoch, meta, _ = self._read_state(client)
-        reader = Reader(meta, epoch, tolerant)
+        reader = Reader(meta, epoch, tolerant, self._known_gaps)
         cursor = "-"
         while True:
             reply: Any = client.xrange(LOG_KEY, min=cursor, count=READ_BATCH_ENTRIES)
@@ -226,6 +238,7 @@ class ReplicaMirror:
             cursor = f"({batch[-1][0].decode()}"
         if reader.position is None:
             raise _NotReady("the trust log is empty")
+        reader.tolerant = False  # the next gap is another one, and may heal
         return reader
 
     def _round(self, client: redis.Redis, reader: Reader) -> None:
@@ -235,11 +248,7 @@ class ReplicaMirror:
         self._apply(reader, batch)
         beat, epoch, meta, last_id = self._read_state(client)
         reader.check(meta, epoch, last_id)
-        freshness = replace(
-            self._view.freshness,
-            synced=self._view.freshness.synced or last_id <= reader.position[:2],
-            holed_nonce=reader.holed_nonce,
-        )
+        freshness = replace(self._view.freshness, synced=True, holed_nonce=reader.holed_nonce)
         if beat is not None:
             freshness = freshness.heard(beat, epoch, meta, now=time.time(), mono=time.monotonic())
         freshness = freshness.reached(reader.position)
@@ -255,7 +264,16 @@ class ReplicaMirror:
             beat, epoch, meta, last = pipe.execute()
         if not meta or not epoch or not last:
             raise _NotReady("the server holds no trust log")
-        return Beat.decode(beat) if beat else None, Epoch.decode(epoch), Meta.decode(meta), _stream_id(last[0][0])
+        return self._read_beat(beat), Epoch.decode(epoch), Meta.decode(meta), _stream_id(last[0][0])
+
+    def _read_beat(self, fields: Mapping[bytes, bytes]) -> Beat | None:
+        """The beat, or None: without one the mirror ages, but goes on reading."""
+        try:
+            return Beat.decode(fields) if fields else None
+        except FormatError as error:
+            self.counters["beats_skipped"] += 1
+            _log.error("mirror skipped a beat that it cannot read: %s", error.code)
+            return None
 
     def _apply(self, reader: Reader, batch: list[Raw]) -> None:
         skipped = len(reader.skipped)
@@ -271,7 +289,7 @@ class ReplicaMirror:
             self._publish(
                 snapshot=self._mirror.snapshot,
                 position=reader.position,
-                freshness=self._view.freshness.reached(accepted[-1][0]),
+                freshness=replace(self._view.freshness, holed_nonce=reader.holed_nonce).reached(accepted[-1][0]),
             )
         if self._on_entries is not None:
             self._on_entries(accepted)
