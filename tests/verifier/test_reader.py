@@ -1,0 +1,236 @@
+"""Following the log: only the successor is accepted, and a gap is arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from tests.verifier.support import NONCE, NONCE_2, entry
+from verifier.log import Epoch, EpochLink, Generation, Meta, Position
+from verifier.reader import Raw, Reader, Reread
+
+META = Meta("i", None, 1, 1, 86_400)
+
+
+def epoch_of(*links: tuple[int, str], opened: bool = False) -> Epoch:
+    chain = tuple(EpochLink(number, nonce, None, {}, opened) for number, nonce in links)
+    number, nonce = links[-1]
+    return Epoch(number, nonce, "r", opened, Generation(number, 0), chain)
+
+
+ONE, TWO = epoch_of((1, NONCE)), epoch_of((1, NONCE), (2, NONCE_2))
+
+
+def raw(stream_id: str, kind: str = "jti", value: str | None = None, **fields: Any) -> Raw:
+    made = entry(kind, stream_id if value is None else value, **fields).encode()
+    return stream_id.encode(), {name.encode(): text.encode() for name, text in made.items()}
+
+
+def opening(stream_id: str, nonce: str, previous: str = "-") -> Raw:
+    return raw(stream_id, "epoch", f"{nonce} {previous}", id="e", issuer="", expires_at=0)
+
+
+def run(number: int, seqs: Iterable[int]) -> list[Raw]:
+    return [raw(f"{number}-{seq}") for seq in seqs]
+
+
+def reader(meta: Meta = META, epoch: Epoch = ONE, **state: Any) -> Reader:
+    return Reader(meta, epoch, **state)
+
+
+def reason_of(read: Reader, batch: list[Raw]) -> str:
+    with pytest.raises(Reread) as caught:
+        read.accept(batch)
+    return caught.value.reason
+
+
+START = opening("1-0", NONCE)
+
+
+def test_a_log_without_a_gap_is_read_in_any_batches() -> None:
+    log = [START, *run(1, range(1, 6)), opening("2-0", NONCE_2, f"1-5.{NONCE}"), *run(2, range(1, 4))]
+    for size in (1, 2, 5, 100):
+        read = reader(epoch=TWO)
+        seen = []
+        for first in range(0, len(log), size):
+            seen += read.accept(log[first : first + size])
+        assert [str(position) for position, _ in seen] == [
+            *(f"1-{n}.{NONCE}" for n in range(6)),
+            *(f"2-{n}.{NONCE_2}" for n in range(4)),
+        ]
+        assert read.position == Position(2, 3, NONCE_2)
+        assert (read.skipped, read.holed_nonce) == ([], None)
+
+
+@pytest.mark.parametrize("seq", [0, 1, 2, 4, 9])
+def test_anything_but_the_successor_is_a_hole_and_the_position_stays_before_it(seq: int) -> None:
+    read = reader()
+    read.accept([START, *run(1, [1, 2])])
+    assert reason_of(read, run(1, [seq])) == "hole"
+    assert read.position == Position(1, 2, NONCE)
+    read.accept(run(1, [3]))
+    assert read.position == Position(1, 3, NONCE)
+
+
+@pytest.mark.parametrize(
+    ("after", "reason"),
+    [
+        (opening("2-0", NONCE_2, f"1-3.{NONCE}"), "fork"),  # the epoch before went further than what was read
+        (opening("2-0", NONCE_2, f"1-1.{NONCE}"), "fork"),  # what was read is not in the new epoch's history
+        (opening("2-0", NONCE_2, f"1-2.{NONCE_2}"), "fork"),  # the same number, another history
+        (opening("2-0", NONCE_2, "-"), "fork"),
+        (raw("2-0"), "hole"),  # no epoch entry
+        (raw("2-1"), "hole"),
+        (opening("2-1", NONCE_2, f"1-2.{NONCE}"), "hole"),
+        (opening("0-0", NONCE_2, f"1-2.{NONCE}"), "hole"),
+    ],
+)
+def test_a_new_epoch_must_name_what_was_read_as_its_predecessor(after: Raw, reason: str) -> None:
+    read = reader(epoch=TWO)
+    read.accept([START, *run(1, [1, 2])])
+    assert reason_of(read, [after]) == reason
+    assert read.position == Position(1, 2, NONCE)
+
+
+@pytest.mark.parametrize("first", [raw("1-0"), raw("1-1"), opening("1-1", NONCE), raw("5-5")])
+def test_a_log_that_was_not_trimmed_begins_with_an_epoch_entry_0(first: Raw) -> None:
+    assert reason_of(reader(), [first]) == "hole"
+
+
+@pytest.mark.parametrize(
+    ("first", "good"),
+    [("1-5", True), ("1-4", False), ("1-6", False), ("1-3", False), ("2-1", False)],
+)
+def test_the_first_entry_of_a_trimmed_log_follows_what_was_trimmed(first: str, good: bool) -> None:
+    read = reader(meta=Meta("i", (1, 4), 1, 1, 86_400), epoch=TWO)
+    if good:
+        read.accept([raw(first)])
+        assert read.position == Position(1, 5, NONCE)
+    else:
+        assert reason_of(read, [raw(first)]) == "hole"
+
+
+def test_a_log_may_be_trimmed_to_the_end_of_an_epoch() -> None:
+    read = reader(meta=Meta("i", (1, 4), 1, 1, 86_400), epoch=TWO)
+    read.accept([opening("2-0", NONCE_2, f"1-4.{NONCE}")])
+    assert read.position == Position(2, 0, NONCE_2)
+
+
+def test_an_epoch_that_is_not_in_the_chain_is_a_fork() -> None:
+    assert reason_of(reader(meta=Meta("i", (5, 4), 1, 1, 86_400)), [raw("5-5")]) == "fork"
+
+
+# -- poison ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {b"v": b"9"}, {b"v": b"1", b"id": b"\xff"}, {b"\xff": b"\xff"}])
+def test_a_poison_entry_takes_its_place_is_counted_and_stops_nobody(fields: dict[bytes, bytes]) -> None:
+    read = reader()
+    seen = read.accept([START, raw("1-1"), (b"1-2", fields), raw("1-3")])
+    assert [position.seq for position, _ in seen] == [0, 1, 3]
+    assert len(read.skipped) == 1
+    assert read.position == Position(1, 3, NONCE)
+
+
+def test_a_poison_entry_at_the_end_moves_the_position_too() -> None:
+    read = reader()
+    read.accept([START, (b"1-1", {})])
+    assert read.position == Position(1, 1, NONCE)
+
+
+# -- holes that are in the log itself --------------------------------------------------------------------------------
+
+
+def test_a_tolerant_reader_goes_over_a_hole_and_says_so() -> None:
+    read = reader(tolerant=True)
+    seen = read.accept([START, *run(1, [1, 3, 4])])
+    assert [position.seq for position, _ in seen] == [0, 1, 3, 4]
+    assert read.holed_nonce == NONCE
+
+
+def test_a_tolerant_reader_of_a_log_without_a_hole_finds_none() -> None:
+    read = reader(tolerant=True)
+    read.accept([START, *run(1, range(1, 9))])
+    assert read.holed_nonce is None
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        run(1, [3, 4]),
+        [START, *run(1, [1]), opening("2-0", NONCE_2, f"1-3.{NONCE}"), *run(2, [1])],
+        [START, *run(1, [1]), *run(2, [2, 3])],
+        [START, *run(2, [5])],
+    ],
+)
+def test_a_tolerant_reader_takes_any_log_whole(log: list[Raw]) -> None:
+    read = reader(epoch=TWO, tolerant=True)
+    assert len(read.accept(log)) == len(log)
+    assert read.holed_nonce == NONCE_2
+
+
+# -- between rounds ---------------------------------------------------------------------------------------------------
+
+
+def at(seq: int = 5, **state: Any) -> Reader:
+    return reader(position=Position(1, seq, NONCE), **state)
+
+
+def check(read: Reader, *, meta: Meta = META, epoch: Epoch = ONE, last: tuple[int, int] | None = (1, 5)) -> str | None:
+    try:
+        read.check(meta, epoch, last)
+    except Reread as reread:
+        return reread.reason
+    return None
+
+
+@pytest.mark.parametrize("last", [(1, 5), (1, 6), (2, 0)])
+def test_a_log_that_goes_on_is_no_contradiction(last: tuple[int, int]) -> None:
+    read = at()
+    assert check(read, epoch=TWO, last=last) is None
+    assert read.epoch is TWO
+
+
+@pytest.mark.parametrize("last", [(1, 4), (0, 9), None])
+def test_a_log_that_ends_before_the_position_was_rewound(last: tuple[int, int] | None) -> None:
+    assert check(at(), last=last) == "rewind"
+
+
+def test_another_incarnation_is_another_log() -> None:
+    assert check(at(), meta=Meta("j", None, 1, 1, 86_400)) == "incarnation"
+
+
+def test_another_nonce_for_a_number_that_is_held_is_another_history() -> None:
+    assert check(at(), epoch=epoch_of((1, NONCE_2))) == "nonce"
+    assert check(at(), epoch=epoch_of((1, NONCE_2), (2, NONCE))) == "nonce"
+    assert check(at(), epoch=epoch_of((2, NONCE_2))) == "nonce"
+
+
+@pytest.mark.parametrize(
+    ("trimmed_to", "reason"), [((1, 4), None), ((1, 5), None), ((1, 6), "trimmed"), ((2, 0), "trimmed")]
+)
+def test_a_log_trimmed_past_the_position_is_read_again(trimmed_to: tuple[int, int], reason: str | None) -> None:
+    assert check(at(), meta=Meta("i", trimmed_to, 1, 1, 86_400), last=(2, 3)) == reason
+
+
+def test_the_next_epoch_after_a_hole_is_read_from_the_start() -> None:
+    assert check(at(holed_nonce=NONCE)) is None
+    assert check(at(holed_nonce=NONCE), epoch=TWO) == "next_epoch"
+
+
+def test_a_gap_recorded_in_an_earlier_epoch_does_not_stain_the_next_one() -> None:
+    log = [START, *run(1, [1, 3, 4])]
+    first = reader(tolerant=True)
+    first.accept(log)
+    again = reader(epoch=TWO, known=frozenset(first.gaps))
+    again.accept([*log, opening("2-0", NONCE_2, f"1-4.{NONCE}"), *run(2, [1])])
+    assert (again.position, again.holed_nonce) == (Position(2, 1, NONCE_2), None)
+
+
+@pytest.mark.parametrize("seqs", [[1, 4], [3, 4], [1, 3, 5]])
+def test_a_gap_that_has_grown_or_is_another_one_is_not_known(seqs: list[int]) -> None:
+    first = reader(tolerant=True)
+    first.accept([START, *run(1, [1, 3, 4])])
+    assert reason_of(reader(known=frozenset(first.gaps)), [START, *run(1, seqs)]) == "hole"
