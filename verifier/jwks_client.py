@@ -6,13 +6,16 @@ the pass in flight, a bounded time. Redirects are refused, bodies are capped, pr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from .jwk import JwksError, KeySet
 from .keys import Fetched, JwksCache, KeysView
@@ -25,6 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["JwksClient"]
 
 _log: Final = logging.getLogger("verifier.jwks")
+_HEADERS: Final = {
+    "Accept": "application/jwk-set+json, application/json",
+    "Accept-Encoding": "identity",  # a set is small, and a compressed one may be large
+    "User-Agent": "multiregion-jwks-verifier",
+}
 _MAX_AGE: Final = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,9})(?:[,\s]|$)", re.IGNORECASE)
 
 
@@ -97,11 +105,10 @@ class JwksClient:
     def _run(self) -> None:
         import httpx
 
-        transport = httpx.HTTPTransport(local_address=self._source_address, retries=0)
-        limits = httpx.Timeout(HTTP_TIMEOUT_S)
-        headers = {"Accept": "application/jwk-set+json, application/json", "User-Agent": "multiregion-jwks-verifier"}
+        one_shot = httpx.Limits(max_keepalive_connections=0)  # fetches are minutes apart
+        transport = httpx.HTTPTransport(local_address=self._source_address, retries=0, limits=one_shot)
         with httpx.Client(
-            transport=transport, timeout=limits, follow_redirects=False, trust_env=False, headers=headers
+            transport=transport, timeout=HTTP_TIMEOUT_S, follow_redirects=False, trust_env=False, headers=_HEADERS
         ) as client:
             while self._await_turn():
                 try:
@@ -164,22 +171,60 @@ class JwksClient:
     def _get(self, client: httpx.Client, url: str, etag: str | None, deadline_mono: float) -> Fetched:
         """One request, capped in bytes and in time as a whole; raises ``httpx.HTTPError`` and :class:`JwksError`."""
         headers = {"If-None-Match": etag} if etag is not None else {}
-        with client.stream("GET", url, headers=headers) as response:
+        with (
+            _Deadline(deadline_mono - time.monotonic()) as deadline,
+            client.stream("GET", url, headers=headers, extensions={"trace": deadline.trace}) as response,
+        ):
             if response.status_code not in (200, 304):
                 raise JwksError(f"status_{response.status_code}")
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise JwksError("content_encoding")
             body = bytearray()
-            for chunk in response.iter_bytes():
+            for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > JWKS_BYTES_MAX:
                     raise JwksError("too_large")
-                if time.monotonic() > deadline_mono:
-                    raise JwksError("too_slow")
+        sent_etag = response.headers.get("ETag", "")
         return Fetched(
             body=bytes(body) if response.status_code == 200 else None,
-            etag=response.headers.get("ETag"),
+            etag=sent_etag if sent_etag.isascii() and sent_etag.isprintable() and sent_etag else None,
             max_age_s=_max_age_s(response.headers.get("Cache-Control", "")),
             generation=_generation(response.headers.get("Trust-Generation")),
         )
+
+
+class _Deadline:
+    """Ends one exchange when its time is over, however steadily the server drips: httpx bounds each read alone."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._socket: socket.socket | None = None
+        self._over = False
+        self._timer = threading.Timer(max(0.0, timeout_s), self._expire)
+        self._timer.daemon = True
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        """Called by httpcore for each step."""
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            self._socket = info["return_value"].get_extra_info("socket")
+        if self._over:
+            self._expire()
+
+    def _expire(self) -> None:
+        self._over = True
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._over and error is not None:
+            raise JwksError("too_slow") from None
 
 
 def _max_age_s(cache_control: str) -> float | None:
