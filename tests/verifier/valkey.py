@@ -88,7 +88,7 @@ class Primary:
 
     def set_meta(self, **fields: Any) -> None:
         base: dict[Any, Any] = {"writer_format": "1", "min_reader_format": "1", "max_token_lifetime_s": "86400"}
-        self.client.hset(META_KEY, mapping={**base, **fields})
+        self.client.hset(META_KEY, mapping=base | fields)
 
     def open_epoch(self, number: int, nonce: str, *, opened: bool = True) -> None:
         previous = f"{self.number}-{self.seq}.{self.nonce}" if self.chain else None
