@@ -33,7 +33,7 @@ from .envelope import Kek
 from .errors import PrimaryUnreachable, SettingError, SigningUnavailable, StartError
 from .granting import Granting
 from .issuing import Issuer, SharedSecret
-from .jobs import Beats, KeyPoll, RotationJob
+from .jobs import Beats, KeyPoll, RotationJob, end
 from .keyring import Keyring
 from .revoking import Revoker
 from .rotator import Rotator
@@ -213,9 +213,7 @@ class Service:
         """Stop everything and close every connection."""
         await self._rotation.stop()
         for task in self._tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await end(task)
         await asyncio.to_thread(self.mirror.close)
         self._authenticator.close()
         self._executor.shutdown(wait=False, cancel_futures=True)

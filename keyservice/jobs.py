@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -29,9 +28,18 @@ from .store import Node
 from .telemetry import Metrics
 from .trust import TrustLog, read_keys
 
-__all__ = ["Beats", "KeyPoll", "RotationJob"]
+__all__ = ["Beats", "KeyPoll", "RotationJob", "end"]
 
 _log: Final = structlog.get_logger(__name__)
+
+CANCEL_AGAIN_S: Final = 0.2
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a task until it has ended: ``wait_for`` of Python 3.11, which redis-py uses, can lose a cancellation."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
 
 
 class Beats:
@@ -76,22 +84,23 @@ class Beats:
         self._metrics.primary_up.set(self.problem is None)
 
     async def _measure_and_beat(self) -> str:
-        if self.skew_s is None or self.clock_skewed:
-            sent_at = self._clock()
-            self._compare(sent_at, await self._trust.server_ms())
-        if self.clock_skewed:
+        sent_at = self._clock()
+        if (self.skew_s is None or self.clock_skewed) and not self._agree(sent_at, await self._trust.server_ms()):
             return self._fail("clock_skew")
         sent_at = self._clock()
         written, server_ms = await self._trust.beat(self._interval_ms)
-        self._compare(sent_at, server_ms)
+        if not self._agree(sent_at, server_ms):
+            return self._fail("clock_skew")
         if self.problem is not None:
             _log.info("beating", written=written)
             self.problem = None
         return "written" if written else "young_enough"
 
-    def _compare(self, sent_at: float, server_ms: int) -> None:
+    def _agree(self, sent_at: float, server_ms: int) -> bool:
+        """Compare the clocks: the server's was read half-way between sending and now."""
         self.skew_s = (sent_at + self._clock()) / 2 - server_ms / 1000
         self._metrics.skew.set(self.skew_s)
+        return not self.clock_skewed
 
     def _fail(self, code: str) -> str:
         if code != self.problem:
@@ -178,6 +187,4 @@ class RotationJob:
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
         for task in list(self._now):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await end(task)

