@@ -56,6 +56,7 @@ def demo(
 ) -> None:
     """Run the main job on real servers and check every line of it."""
     reporter = Reporter(as_json=as_json)
+    _interrupt_on_signals()
     held = run_demo(_topology(topology, auto_ports=True), var, reporter)
     if not held:
         raise typer.Exit(ExitCode.PROMISE_BROKEN)
@@ -72,12 +73,23 @@ def up(
     """Start the regions and keep them running until Ctrl-C."""
     reporter = Reporter(as_json=as_json)
     stop = threading.Event()
+    _interrupt_on_signals()
     with Cluster(_topology(topology, auto_ports), var, progress=reporter.note) as cluster:
         _announce(cluster, reporter)
         _stop_on_signals(stop)
         while not stop.wait(CHECK_EVERY_S):
             cluster.check()
     reporter.note("stopped; nothing is left running")
+
+
+def _interrupt_on_signals() -> None:
+    """End on SIGTERM and SIGHUP as on Ctrl-C: everything that was started is stopped in order."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handle)
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

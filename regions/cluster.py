@@ -45,6 +45,9 @@ AUDIENCE = "orders"
 READY_WITHIN_S = 30.0
 """A server, a key service or an order service that takes longer on this machine is not going to be ready."""
 
+LOCKED_WITHIN_S = 5.0
+"""A guard ends its children within its grace of 3 s; a cluster that still runs after this is meant to run."""
+
 _ADMIN_SCOPE = "keyservice:admin"
 
 
@@ -106,16 +109,24 @@ def examples_directory() -> Path:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """One cluster a directory: two would remove each other's data."""
+def _locked(directory: Path) -> Iterator[int]:
+    """One cluster a directory: two would remove each other's data. Gives the lock's file descriptor.
+
+    It lasts as long as anybody has that open, so a cluster that was killed is waited for while its guard cleans up.
+    """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"another cluster runs in {directory}: stop it, or choose another directory with --var"
-            raise ClusterRunning(message) from None
-        yield
+        deadline = time.monotonic() + LOCKED_WITHIN_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    message = f"another cluster runs in {directory}: stop it, or choose another directory with --var"
+                    raise ClusterRunning(message) from None
+            time.sleep(0.05)
+        yield lock.fileno()
 
 
 class Cluster:
@@ -163,7 +174,7 @@ class Cluster:
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self._exit.enter_context(_locked(self._directory))
+        lock = self._exit.enter_context(_locked(self._directory))
         for name in ("data", "logs", "run"):
             shutil.rmtree(self._directory / name, ignore_errors=True)
         for path in (self.file_path, self.login_path):
@@ -171,7 +182,7 @@ class Cluster:
         data = self._directory / "data"
         data.mkdir(mode=0o700)
         self._run = self._exit.enter_context(runtime_directory(self._directory))
-        self._nursery = self._exit.enter_context(Nursery(self._directory / "logs"))
+        self._nursery = self._exit.enter_context(Nursery(self._directory / "logs", hold=[lock]))
         self._nursery.remove_at_end(self._run)
         for path in (self.file_path, self.login_path):
             self._exit.callback(path.unlink, missing_ok=True)

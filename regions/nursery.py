@@ -134,10 +134,12 @@ class Child:
 class Nursery:
     """Starts children, each with its own log `NAME.log` in `log_dir`; see the module's docstring.
 
-    `grace_s` is the time between TERM and KILL when all are ended together.
+    `grace_s` is the time between TERM and KILL when all are ended together. `hold` are file descriptors that the guard
+    keeps open until the last child has ended and what was to be removed is removed: for instance a lock.
     """
 
-    def __init__(self, log_dir: Path, *, grace_s: float = 3.0) -> None:
+    def __init__(self, log_dir: Path, *, grace_s: float = 3.0, hold: Sequence[int] = ()) -> None:
+        self._hold = tuple(hold)
         self._log_dir = log_dir.absolute()
         self._grace_s = grace_s
         self._children: dict[int, Child] = {}
@@ -152,7 +154,7 @@ class Nursery:
         with theirs, (self._log_dir / "guard.log").open("ab") as log:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_GUARD), str(theirs.fileno()), str(self._grace_s)],
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), *self._hold],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -172,6 +172,17 @@ def test_kill_minus_9_of_the_parent_leaves_no_process_and_no_port(running: Runni
     running.wait_until_gone(pids)
 
 
+def test_cluster_starts_again_at_once_in_the_directory_of_one_that_was_killed(running: Running) -> None:
+    os.kill(running.process.pid, signal.SIGKILL)
+    running.process.wait()
+    (running.var / "cluster.json").unlink()
+    again = Running(running.var)
+    again.process.terminate()
+    assert again.process.wait(GONE_WITHIN_S) == 0
+    assert again.process.stderr is not None
+    again.process.stderr.close()
+
+
 def test_ctrl_c_ends_everything_and_exits_cleanly(running: Running) -> None:
     pids = running.descendants()
     os.killpg(running.process.pid, signal.SIGINT)
