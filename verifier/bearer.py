@@ -47,7 +47,7 @@ class Challenge(Exception):
         """``WWW-Authenticate`` (RFC 6750 section 3) for 4xx, ``Retry-After`` for 503; nothing is ever cached."""
         headers = [("cache-control", "no-store")]
         if self.retry_after_s is not None:
-            headers.append(("retry-after", str(math.ceil(self.retry_after_s))))
+            headers.append(("retry-after", str(max(1, math.ceil(self.retry_after_s)))))
         if self.status < 500:
             parameters = [("error", self.error), ("error_description", self.detail)]
             text = ", ".join(f'{name}="{value}"' for name, value in parameters if value)

@@ -24,6 +24,7 @@ CODES: Final[dict[str, str]] = {
     "token_json_invalid": "header or payload is not one strict UTF-8 JSON object with unique names (RFC 8259)",
     # step 2: header
     "alg_not_allowed": "the header's alg is not one that this verifier accepts (RFC 8725 section 3.1)",
+    "hs256_cutoff": "HS256 tokens are no longer accepted",
     "typ_not_allowed": "the header's typ is neither JWT nor at+jwt (RFC 8725 section 3.11)",
     "crit_not_supported": "the header names critical extensions; none is understood (RFC 7515 section 4.1.11)",
     "kid_invalid": "the header's kid is missing, not a string or too long (RFC 7515 section 4.1.4)",
@@ -38,7 +39,6 @@ CODES: Final[dict[str, str]] = {
     "token_expired": "exp is past (RFC 7519 section 4.1.4)",
     "token_not_yet_valid": "nbf or iat is in the future (RFC 7519 section 4.1.5)",
     "token_lifetime_too_long": "exp - iat is longer than any revocation would be kept",
-    "hs256_cutoff": "HS256 tokens are no longer accepted",
     # step 6: revocation
     "token_revoked": "the token, its session, subject, client or key was revoked",
     # ours
@@ -55,7 +55,6 @@ CODES: Final[dict[str, str]] = {
     "secret_is_public_key": "a public key was given as an HS256 secret",
     "insecure_url": "plain http:// off loopback without allow_insecure_http=True",
     "jwks_invalid": "a local JWK set has no usable key",
-    "extra_missing": "an optional dependency is not installed",
 }
 """Code to meaning: the complete list, for docs, tests and clients."""
 

@@ -54,6 +54,9 @@ class Parsed(NamedTuple):
     signing_input: bytes
     signature: bytes
 
+    def __repr__(self) -> str:
+        return f"Parsed(header={self.header!r})"
+
 
 def decode_segment(segment: bytes, name: str) -> bytes:
     """Canonical base64url to bytes; raises :class:`InvalidToken` (``token_not_canonical``).

@@ -372,7 +372,7 @@ class Verifier:
             return self._decide(token, max_staleness_s)
         except UnknownKid as unknown:
             if self._client is None:
-                raise
+                raise self._kid_unknown() from None
             if not self._client.view.knows_tokens_of(unknown.iat):
                 self._client.refresh(UNKNOWN_KID_WAIT_S)
             return self._decide_again(token, max_staleness_s)
@@ -391,7 +391,7 @@ class Verifier:
             return self._decide(token, max_staleness_s)
         except UnknownKid as unknown:
             if self._client is None:
-                raise
+                raise self._kid_unknown() from None
             if not self._client.view.knows_tokens_of(unknown.iat):
                 await asyncio.to_thread(self._client.refresh, UNKNOWN_KID_WAIT_S)
             return self._decide_again(token, max_staleness_s)
@@ -460,9 +460,13 @@ class Verifier:
             if keys.keys is None or self._keys_too_old(keys):
                 raise Undecidable("keys_unavailable") from None
             if keys.knows_tokens_of(unknown.iat):
-                self.counters["invalid"] += 1
-                raise
+                raise self._kid_unknown() from None
             raise Undecidable("keys_behind") from None
+
+    def _kid_unknown(self) -> InvalidToken:
+        """The refusal for callers, which has nothing of the unverified token in its fields."""
+        self.counters["invalid"] += 1
+        return InvalidToken("kid_unknown", step=3)
 
     def _keys_too_old(self, keys: KeysView) -> bool:
         return keys.fetched_mono is None or self._mono() >= keys.fetched_mono + self._keys_max_age_s
