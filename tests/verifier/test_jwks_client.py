@@ -448,9 +448,19 @@ def test_proxy_variables_are_ignored(
 
 @pytest.mark.parametrize(
     ("header", "max_age_s"),
-    [("public, max-age=300", 300), ("max-age=5", 5), ("MAX-AGE=5", 5), ("s-maxage=9, max-age=7", 7),
-     ("s-maxage=9", None), ("max-age=", None), ("max-age=-1", None), ("max-age=99999999999999", None), ("no-store", None), ("", None)],
-)  # fmt: skip
+    [
+        ("public, max-age=300", 300),
+        ("max-age=5", 5),
+        ("MAX-AGE=5", 5),
+        ("s-maxage=9, max-age=7", 7),
+        ("s-maxage=9", None),
+        ("max-age=", None),
+        ("max-age=-1", None),
+        ("max-age=99999999999999", None),
+        ("no-store", None),
+        ("", None),
+    ],
+)
 def test_max_age_is_read_from_the_header(header: str, max_age_s: float | None) -> None:
     from verifier.jwks_client import _max_age_s
 
