@@ -5,7 +5,10 @@ keep everything held, read the log again from its first entry, and take the unio
 
     state        input                                        next
     ---------    -----------------------------------------    -------------------------------------------
-    no position  first entry of the log                       position there (:meth:`Reader.accept`)
+    no position  the entry after ``meta.trimmed_to``, or      position there (:meth:`Reader.accept`)
+                 entry 0 of an epoch that names that, or
+                 nothing, as its predecessor
+    no position  anything else                                :class:`Reread` (``hole`` or ``fork``)
     at P         entry P + 1, or entry 0 of an epoch that      position there
                  names P as its predecessor
     at P         anything else                                :class:`Reread` (``hole`` or ``fork``)
@@ -89,19 +92,17 @@ class Reader:
         return nonce
 
     def _first(self, number: int, seq: int, entry: Entry | None) -> str:
+        """The log begins where it was trimmed to, or with an epoch that was opened on an empty log."""
         trimmed_to = self.meta.trimmed_to
-        if trimmed_to is None:
-            if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
-                return entry.epoch_start()[0]
-            return self._gap("hole", number, seq)
-        if (number, seq) <= trimmed_to:
+        if trimmed_to is not None and (number, seq) <= trimmed_to:
             return self._gap("hole", number, seq)
         if seq == 0 and entry is not None and entry.kind == EPOCH_KIND:
-            return entry.epoch_start()[0]
-        if (number, seq) != (trimmed_to[0], trimmed_to[1] + 1):
+            nonce, previous = entry.epoch_start()
+            return nonce if previous is None or previous[:2] == trimmed_to else self._gap("hole", number, seq)
+        if trimmed_to is None or (number, seq) != (trimmed_to[0], trimmed_to[1] + 1):
             return self._gap("hole", number, seq)
-        nonce = self.epoch.nonce_of(number)
-        return nonce if nonce is not None else self._gap("fork", number, seq)
+        nonce_held = self.epoch.nonce_of(number)
+        return nonce_held if nonce_held is not None else self._gap("fork", number, seq)
 
     def _gap(self, reason: str, number: int, seq: int) -> str:
         gap = (None if self.position is None else self.position[:2], (number, seq))
