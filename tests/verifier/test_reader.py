@@ -118,6 +118,21 @@ def test_a_log_may_be_trimmed_to_the_end_of_an_epoch() -> None:
     assert read.position == Position(2, 0, NONCE_2)
 
 
+@pytest.mark.parametrize("trimmed_to", [None, (1, 3), (1, 5), (0, 4)])
+def test_a_log_that_begins_with_a_later_epoch_than_it_was_trimmed_to_has_a_hole(
+    trimmed_to: tuple[int, int] | None,
+) -> None:
+    read = reader(meta=Meta("i", trimmed_to, 1, 1, 86_400), epoch=TWO)
+    assert reason_of(read, [opening("2-0", NONCE_2, f"1-4.{NONCE}")]) == "hole"
+
+
+@pytest.mark.parametrize("trimmed_to", [None, (1, 4)])
+def test_an_epoch_that_was_opened_on_an_empty_log_begins_one(trimmed_to: tuple[int, int] | None) -> None:
+    read = reader(meta=Meta("i", trimmed_to, 1, 1, 86_400), epoch=TWO)
+    read.accept([opening("2-0", NONCE_2)])
+    assert read.position == Position(2, 0, NONCE_2)
+
+
 def test_an_epoch_that_is_not_in_the_chain_is_a_fork() -> None:
     assert reason_of(reader(meta=Meta("i", (5, 4), 1, 1, 86_400)), [raw("5-5")]) == "fork"
 
