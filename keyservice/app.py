@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from verifier.log import Entry, Position
 from verifier.replica import ReplicaMirror, View
+from verifier.revocations import Snapshot
 
 from .api import admin_keys, admin_revocations, admin_sessions, health, oauth, problems
 from .api.counting import Counting
@@ -33,8 +34,9 @@ from .envelope import Kek
 from .errors import PrimaryUnreachable, SettingError, SigningUnavailable, StartError
 from .granting import Granting
 from .issuing import Issuer, SharedSecret
-from .jobs import Beats, KeyPoll, RotationJob, end
+from .jobs import Beats, KeyPoll, RotationJob, end, repeat
 from .keyring import Keyring
+from .limits import KEYS_POLL_S
 from .revoking import Revoker
 from .rotator import Rotator
 from .sessions import SessionStore
@@ -75,6 +77,7 @@ class Service:
         self._clock = clock
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="keys")
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._build_store(settings)
         self._build_keys(settings, kek)
@@ -161,7 +164,7 @@ class Service:
             issuer_name=settings.issuer,
             session_ttl_s=settings.session_ttl_s,
             clock=self._clock,
-            snapshot=lambda: self.mirror.snapshot,
+            snapshot=self._revocations,
         )
 
     def _build_apps(self, settings: Settings) -> tuple[ASGIApp, ASGIApp]:
@@ -172,7 +175,7 @@ class Service:
             max_token_lifetime_s=settings.max_token_lifetime_s,
             clock=self._clock,
             keys=lambda: self.ring.document.keys if self.ring.document is not None else None,
-            snapshot=lambda: self.mirror.snapshot,
+            snapshot=self._revocations,
         )
         public = _fastapi(
             oauth.router(self._authenticator, self._granting, self.metrics),
@@ -206,14 +209,18 @@ class Service:
         self.mirror.start()
         await self._poll.once()
         self._rotation.start()
-        running = (self.beats.run(), self._poll.run(), self._expire())
-        self._tasks = [asyncio.create_task(coroutine) for coroutine in running]
+        rounds = (
+            (self.beats.once, self.beats.pause_s),
+            (self._poll.once, lambda: KEYS_POLL_S),
+            (self._expire, lambda: EXPIRE_EVERY_S),
+        )
+        self._tasks = [asyncio.create_task(repeat(once, pause_s, self._stopping)) for once, pause_s in rounds]
 
     async def stop(self) -> None:
         """Stop everything and close every connection."""
+        self._stopping.set()
         await self._rotation.stop()
-        for task in self._tasks:
-            await end(task)
+        await end(self._tasks)
         await asyncio.to_thread(self.mirror.close)
         self._authenticator.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -254,13 +261,19 @@ class Service:
 
     async def _expire(self) -> None:
         """Forget ids of entries that cannot matter any more, by the same rule as the mirror."""
-        while True:
-            await asyncio.sleep(EXPIRE_EVERY_S)
-            self.index.drop_expired(self._clock() - self.settings.drop_grace_s)
+        self.index.drop_expired(self._clock() - self.settings.drop_grace_s)
 
     # -- what the parts ask each other ----------------------------------------------------------------------------
 
+    def _revocations(self) -> Snapshot:
+        """What is revoked; raises :class:`SigningUnavailable` while that is not known at all."""
+        view = self.mirror.view
+        if not view.freshness.synced:
+            raise SigningUnavailable("mirror_not_synced", "the revocations have not been read yet")
+        return view.snapshot
+
     def _may_sign(self) -> None:
+        self._revocations()
         if self.beats.clock_skewed:
             skew_s = self.beats.skew_s
             raise SigningUnavailable("clock_skew", f"this machine's clock is {skew_s:+.1f} s from the primary's")

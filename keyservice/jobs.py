@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -22,24 +23,36 @@ from verifier.log import EPOCH_KEY, Generation
 
 from .errors import StoreError
 from .keyring import Keyring
-from .limits import BEAT_TIMEOUT_S, KEYS_POLL_S, SKEW_PROBE_S
+from .limits import BEAT_TIMEOUT_S, SKEW_PROBE_S
 from .rotator import Rotator
 from .store import Node
 from .telemetry import Metrics
 from .trust import TrustLog, read_keys
 
-__all__ = ["Beats", "KeyPoll", "RotationJob", "end"]
+__all__ = ["Beats", "KeyPoll", "RotationJob", "end", "repeat"]
 
 _log: Final = structlog.get_logger(__name__)
 
-CANCEL_AGAIN_S: Final = 0.2
+
+async def repeat(once: Callable[[], Awaitable[None]], pause_s: Callable[[], float], stopping: asyncio.Event) -> None:
+    """Run ``once`` every ``pause_s()`` seconds, counted from start to start, until ``stopping`` is set.
+
+    Cancelling alone would not do: ``wait_for`` of Python 3.11, which redis-py uses, can lose a cancellation.
+    """
+    while not stopping.is_set():
+        next_mono = time.monotonic() + pause_s()
+        await once()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, next_mono - time.monotonic())):
+                await stopping.wait()
 
 
-async def end(task: asyncio.Task[None]) -> None:
-    """Cancel a task until it has ended: ``wait_for`` of Python 3.11, which redis-py uses, can lose a cancellation."""
-    while not task.done():
+async def end(tasks: Collection[asyncio.Task[None]]) -> None:
+    """Cancel tasks and wait for their end; one that loses the cancellation ends with its round."""
+    for task in tasks:
         task.cancel()
-        await asyncio.wait([task], timeout=CANCEL_AGAIN_S)
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 class Beats:
@@ -63,13 +76,9 @@ class Beats:
         """Whether the clocks differ by more than ``max_skew_s``: then neither beat nor sign."""
         return self.skew_s is not None and abs(self.skew_s) > self._max_skew_s
 
-    async def run(self) -> None:
-        """Beat until cancelled."""
-        while True:
-            started_mono = time.monotonic()
-            await self.once()
-            pause_s = SKEW_PROBE_S if self.clock_skewed else self._interval_ms / 1000
-            await asyncio.sleep(max(0.0, started_mono + pause_s - time.monotonic()))
+    def pause_s(self) -> float:
+        """Seconds from one round to the next."""
+        return SKEW_PROBE_S if self.clock_skewed else self._interval_ms / 1000
 
     async def once(self) -> None:
         """One round: measure the clocks, and beat if they agree."""
@@ -94,6 +103,7 @@ class Beats:
         if self.problem is not None:
             _log.info("beating", written=written)
             self.problem = None
+            await self._trust.warm()
         return "written" if written else "young_enough"
 
     def _agree(self, sent_at: float, server_ms: int) -> bool:
@@ -119,12 +129,6 @@ class KeyPoll:
         self._region = region
         self._taken: object = None
         self.problem: str | None = None
-
-    async def run(self) -> None:
-        """Poll until cancelled."""
-        while True:
-            await self.once()
-            await asyncio.sleep(KEYS_POLL_S)
 
     async def once(self) -> None:
         """Take over the keys if the generation is another one than the last time."""
@@ -186,5 +190,4 @@ class RotationJob:
         """End the schedule and whatever runs."""
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
-        for task in list(self._now):
-            await end(task)
+        await end(list(self._now))

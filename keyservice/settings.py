@@ -109,6 +109,7 @@ class Settings(BaseSettings):
     replication_lag_s: float = Field(10, ge=0)
     beat_interval_ms: int = Field(200, ge=50, le=1_000)
     receipt_wait_ms: int = Field(1_000, ge=0)
+    """How long a receipt is waited for. While nobody vouches for an entry's storage there is nothing to wait for."""
 
     jwks_max_age_s: int = Field(300, ge=0)
     jwks_client_cache_max_s: int = Field(43_200, ge=0)

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Final
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
@@ -31,7 +31,11 @@ from verifier.netbind import bound_connection_kwargs
 from .errors import OutcomeUnknown, PrimaryUnreachable, Refused, StartError
 from .limits import CONNECT_TIMEOUT_S, CONNECTIONS_MAX, PRIMARY_TIMEOUT_S
 
-__all__ = ["Node", "load_script"]
+__all__ = ["SCRIPTS", "Node", "load_script"]
+
+SCRIPTS: Final = ("append.lua", "beat.lua", "bump.lua", "keys_put.lua", "refresh.lua", "session_start.lua")
+UNCHECKED: Final = frozenset({"refresh.lua", "session_start.lua"})
+"""Scripts on ``{ks}:*`` alone, which have no part in the trust log's checks."""
 
 
 @cache
@@ -39,7 +43,7 @@ def load_script(name: str) -> tuple[str, str]:
     """A script with the shared checks in front, and its SHA-1."""
     folder = resources.files(__package__) / "scripts"
     text = (folder / name).read_text()
-    if name not in ("refresh.lua", "session_start.lua"):
+    if name not in UNCHECKED:
         text = (folder / "_checks.lua").read_text() + text
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
@@ -100,6 +104,14 @@ class Node:
             raise
         finally:
             await self._pool.release(connection)
+
+    async def warm(self) -> None:
+        """Have the scripts loaded and a few connections open, so that the first write is one round trip.
+
+        Whatever goes wrong here goes wrong again where it matters.
+        """
+        texts = [load_script(name)[0] for name in SCRIPTS]
+        await asyncio.gather(*(self.write("SCRIPT", "LOAD", text) for text in texts), return_exceptions=True)
 
     async def run(self, script: str, keys: tuple[str, ...], args: list[str | int]) -> Any:
         """A script by its file name; raises :class:`StoreError`."""

@@ -142,6 +142,10 @@ class TrustLog:
 
         return await self._checked(call)
 
+    async def warm(self) -> None:
+        """Make the next call one round trip."""
+        await self._primary.warm()
+
     async def server_ms(self) -> int:
         """The primary's clock in milliseconds. Raises :class:`StoreError`."""
         seconds, microseconds = await self._primary.write("TIME")

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.keyservice.conftest import anyio_backend, pytest_configure, run_dir, server, start_server
+from tests.keyservice.conftest import anyio_backend, run_dir, server, start_server
 from tests.keyservice.support import CLIENTS, HS256_SECRET, ISSUER, KEK, Server, until
 
-__all__ = ["anyio_backend", "keyservice", "pytest_configure", "run_dir", "server", "start_server"]
+__all__ = ["anyio_backend", "keyservice", "run_dir", "server", "start_server"]
 
 
 @dataclass

@@ -15,11 +15,6 @@ from keyservice.settings import Settings, load_settings
 from tests.keyservice.support import CLIENTS, HS256_SECRET, ISSUER, KEK, Running, Server, running_service
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """redis-py 8 has another name for the switch that keeps CLIENT SETINFO, which Redis 7.0 refuses, off the wire."""
-    config.addinivalue_line("filterwarnings", "ignore:.*lib_name.*:DeprecationWarning")
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

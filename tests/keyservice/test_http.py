@@ -17,6 +17,7 @@ from keyservice.settings import Settings
 from tests.keyservice.support import HS256_SECRET, ISSUER, Running, Server
 from verifier.jwk import KeySet
 from verifier.log import EPOCH_KEY, KEYS_KEY, Generation, Position
+from verifier.replica import ReplicaMirror
 from verifier.testing import make_key, sign
 
 JWKS = "/.well-known/jwks.json"
@@ -323,6 +324,18 @@ async def test_a_clock_that_is_off_stops_signing_and_says_so(
     offset_s = 0.0
     await running.until(lambda: running.service.beats.problem is None)
     assert await running.token("orders")
+
+
+async def test_while_revocations_are_unknown_nothing_is_signed_and_no_bearer_accepted(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = await running.bearer()
+    monkeypatch.setattr(running.service.mirror, "_view", ReplicaMirror(running.service.settings.redis_url).view)
+    answer = await running.admin.get("/admin/keys", headers=headers)
+    assert (answer.status_code, answer.json()["code"]) == (503, "mirror_not_synced")
+    form = {"grant_type": "client_credentials"}
+    answer = await running.public.post("/oauth2/token", data=form, auth=("orders", "s3cret"))
+    assert answer.json()["error_description"].startswith("mirror_not_synced")
 
 
 # -- health -----------------------------------------------------------------------------------------------------------

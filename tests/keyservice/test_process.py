@@ -37,7 +37,7 @@ def environment(run_dir: Path, clients_file: Path) -> dict[str, str]:
         "KEYSERVICE_START_TIMEOUT_S": "0.5",
         "KEYSERVICE_REDIS_URL": f"unix://{run_dir / 'redis.sock'}",
         "JWT_SECRET": "a shared secret of the old days, 32 bytes or more",
-        "PYTHONWARNINGS": "error,ignore:.*lib_name.*:DeprecationWarning",
+        "PYTHONWARNINGS": "error",
     }
 
 

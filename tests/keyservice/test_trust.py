@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from keyservice import store
 from keyservice.core.revocation import Stored
 from keyservice.core.rotation import KeyRecord, prepare
 from keyservice.errors import OutcomeUnknown, PrimaryUnreachable, Refused, WaitingForBootstrap
 from keyservice.limits import APPEND_ENTRIES_MAX
-from keyservice.store import Node
+from keyservice.store import SCRIPTS, Node, load_script
 from keyservice.trust import TrustLog, read_keys
 from tests.keyservice.support import Server, until
 from verifier.log import (
@@ -232,6 +234,17 @@ async def test_a_full_server_refuses_by_name(trust: TrustLog, server: Server) ->
         assert refused.value.code == "OOM"
         client.config_set("maxmemory", 0)
     assert len(read_log(server)) == 2
+
+
+async def test_warming_up_loads_every_script(node: Node, server: Server) -> None:
+    await node.warm()
+    with server.client() as client:
+        assert all(client.script_exists(*(load_script(name)[1] for name in SCRIPTS)))
+
+
+def test_every_script_is_listed() -> None:
+    folder = Path(store.__file__).parent / "scripts"
+    assert {path.name for path in folder.glob("*.lua")} == {*SCRIPTS, "_checks.lua"}
 
 
 # -- beats ------------------------------------------------------------------------------------------------------------
