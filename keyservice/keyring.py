@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Final
 
 import msgspec
 import structlog
@@ -200,7 +199,3 @@ class Keyring:
             return str(msgspec.json.decode(envelope)["kek_id"])[:16]
         except (msgspec.DecodeError, KeyError, TypeError):
             return "unreadable"
-
-
-FINAL_STATES: Final = frozenset({"removed", "compromised"})
-"""States in which the private half is deleted."""

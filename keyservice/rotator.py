@@ -18,10 +18,10 @@ import structlog
 
 from . import keyring
 from .core import rotation
-from .core.rotation import KeyRecord, Policy
+from .core.rotation import FINAL_STATES, KeyRecord, Policy
 from .envelope import Kek
 from .errors import EnvelopeError, Refused
-from .keyring import FINAL_STATES, Keyring, NewKey
+from .keyring import Keyring, NewKey
 from .limits import ROTATION_STEPS_MAX
 from .store import Node
 from .trust import KeysView, TrustLog, private_key_name, read_keys

@@ -31,12 +31,26 @@ from typing import Final, Literal
 
 import msgspec
 
-__all__ = ["PUBLISHED_STATES", "Decision", "KeyRecord", "Policy", "State", "activates_at", "decide", "merge", "prepare"]
+__all__ = [
+    "FINAL_STATES",
+    "PUBLISHED_STATES",
+    "Decision",
+    "KeyRecord",
+    "Policy",
+    "State",
+    "activates_at",
+    "decide",
+    "merge",
+    "prepare",
+]
 
 State = Literal["prepared", "published", "active", "retiring", "removed", "compromised"]
 STATES: Final[tuple[State, ...]] = ("prepared", "published", "active", "retiring", "removed", "compromised")
 PUBLISHED_STATES: Final[frozenset[State]] = frozenset({"published", "active", "retiring"})
 """The states in which a key is in the JWKS."""
+
+FINAL_STATES: Final[frozenset[State]] = frozenset({"removed", "compromised"})
+"""The states in which the private half is deleted."""
 
 _LIVE: Final = ("prepared", "published", "active", "retiring")
 
