@@ -18,7 +18,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
-__all__ = ["Step", "after_refusal", "bootstraps", "next_number"]
+__all__ = ["Step", "after_refusal", "bootstraps"]
 
 
 class Step(Enum):
@@ -46,8 +46,3 @@ def after_refusal(code: str) -> Step:
 def bootstraps(region: str, regions: tuple[str, ...], bootstrap_region: str | None) -> bool:
     """Whether this region may start the trust log on a server that has none."""
     return region == bootstrap_region if bootstrap_region is not None else regions == (region,)
-
-
-def next_number(previous: int, promise: int, last_in_log: int, server_ms: int) -> int:
-    """The number of the next epoch; ``bump.lua`` computes the same."""
-    return max(previous + 1, promise + 1, last_in_log + 1, server_ms)
