@@ -248,6 +248,7 @@ class Verifier:
         if self._mirror is not None:
             self._mirror.subscribe(self._view_changed)
         self._cache.clear()
+        self._refreshing: asyncio.Task[None] | None = None
         self._world = self._new_world()
 
     def start(self) -> Self:
@@ -393,8 +394,15 @@ class Verifier:
             if self._client is None:
                 raise self._kid_unknown() from None
             if not self._client.view.knows_tokens_of(unknown.iat):
-                await asyncio.to_thread(self._client.refresh, UNKNOWN_KID_WAIT_S)
+                await self._refresh_off_loop(self._client)
             return self._decide_again(token, max_staleness_s)
+
+    async def _refresh_off_loop(self, client: JwksClient) -> None:
+        """Wait for newer keys together with whoever else on this loop does: forged kids must not use its threads up."""
+        loop, waiting = asyncio.get_running_loop(), self._refreshing
+        if waiting is None or waiting.done() or waiting.get_loop() is not loop:
+            waiting = self._refreshing = loop.create_task(asyncio.to_thread(client.refresh, UNKNOWN_KID_WAIT_S))
+        await asyncio.shield(waiting)
 
     def _remembered(self, token: str) -> Claims | None:
         """A hit that still holds in every respect, or None. This is the warm path: no I/O, no lock, no allocation."""
