@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import json
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -175,6 +177,33 @@ def test_forged_kids_cause_two_fetches_a_cooldown_and_delay_no_known_key(
             assert undecided(verifier, live_token(key, header={"kid": f"forged-{number}"})) == "keys_behind"
         assert time.monotonic() - started < 3
         assert len(server.requests) == 2
+
+
+async def test_forged_kids_in_async_code_hold_one_thread_and_not_the_services_own(
+    key: SigningKey, serve: Callable[..., JwksServer]
+) -> None:
+    server = serve(key)
+    with verifier_of(server.url) as verifier:
+        assert verifier.wait_ready(10)
+        server.gate.clear()
+        codes: list[str] = []
+        forged = [live_token(key, header={"kid": f"forged-{number}"}) for number in range(200)]
+
+        async def forge(token: str) -> None:
+            with pytest.raises(Undecidable) as caught:
+                await verifier.averify(token)
+            codes.append(caught.value.code)
+
+        async with anyio.create_task_group() as group:
+            for token in forged:
+                group.start_soon(forge, token)
+            await anyio.lowlevel.checkpoint()
+            started = time.monotonic()
+            await asyncio.to_thread(lambda: None)
+            assert time.monotonic() - started < 0.4  # one wait lasts 0.5
+        assert codes == ["keys_behind"] * 200
+        assert time.monotonic() - started < 2
+        server.gate.set()
 
 
 def test_an_unknown_kid_is_the_tokens_fault_only_after_a_fetch_that_began_late_enough(

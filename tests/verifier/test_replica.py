@@ -387,9 +387,9 @@ def test_a_log_that_contradicts_itself_is_not_read_in_a_tight_loop(
     primary.append(*live("jti", ["a"]))
     with mirroring(server) as mirror:
         until(lambda: mirror.counters["rereads"] >= 3, "read again")
-        started, before = time.monotonic(), mirror.counters["rereads"]
-        until(lambda: mirror.counters["rereads"] > before, "and again")
-        assert mirror.counters["rereads"] - before <= 2 + 20 * (time.monotonic() - started)
+        before, over = mirror.counters["rereads"], time.monotonic() + 0.6
+        until(lambda: time.monotonic() > over, "a while")
+        assert mirror.counters["rereads"] - before <= 5  # rounds are of 20 ms here
         assert holds(mirror, "a")
         assert not staleness(mirror).fresh
 
