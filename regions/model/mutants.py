@@ -1,0 +1,200 @@
+"""The rules, left out one at a time. A rule that the model cannot show to be needed would be a rule too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from keyservice.core.keepers import (
+    Add,
+    Disk,
+    EpochKey,
+    Keeper,
+    LogView,
+    Protocol,
+    Report,
+    Voters,
+    key_of,
+)
+from regions.model.server import Server
+from regions.model.world import Region, SimVerifier, World
+from verifier.freshness import Freshness
+from verifier.log import Entry, Epoch, EpochLink, Position
+
+__all__ = ["HEALTHY", "MUTANTS", "Mutant"]
+
+
+def lose_disk(world: World, region: Region) -> None:
+    """What must happen: whoever lost a disk, or found an old copy, is a new keeper."""
+    copy = world.rng.random() < 0.5
+    old = region.keeper.disk
+    disk = type(old)(f"keeper-{region.name}-{world.fresh()}")
+    if copy:  # an old copy: some of the entries are there
+        disk.store([entry for entry in old.entries.values() if world.rng.random() < 0.5], [])
+    region.keeper = type(region.keeper)(region.name, disk)
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A system with one rule less; the defaults are the system as it is."""
+
+    name: str
+    rule: str
+    protocol: type[Protocol] = Protocol
+    keeper: type[Keeper] = Keeper
+    disk: type[Disk] = Disk
+    verifier: type[SimVerifier] = SimVerifier
+    server: type[Server] = Server
+    lose: Callable[[World, Region], None] = lose_disk
+
+
+HEALTHY = Mutant("healthy", "all of them")
+
+
+class AnyBeatCounts(Freshness):
+    __slots__ = ()
+
+    def reached(self, position: Position) -> Freshness:
+        state = Freshness.reached(self, position)
+        return replace(state, confirmed=state.applied, epoch_open=True)
+
+
+class CountsAnyBeat(SimVerifier):
+    freshness_type = AnyBeatCounts
+
+
+class NumberIsIdentity(SimVerifier):
+    """Takes the nonce of whatever epoch it already holds the number of."""
+
+    def _round(self, data: object, now_ms: int, tolerant: bool) -> None:
+        held = self.reader
+        if held is not None and held.position is not None:
+            held.position = self._renamed(held.position, data)
+        super()._round(data, now_ms, tolerant)  # type: ignore[arg-type]  # Data
+
+    def _renamed(self, position: Position, data: object) -> Position:
+        epoch: Epoch = data.epoch  # type: ignore[attr-defined]  # Data
+        nonce = epoch.nonce_of(position.epoch)
+        return position if nonce is None else Position(position.epoch, position.seq, nonce)
+
+
+class SameNumbers(Server):
+    """Draws the number from the one before alone, as if no clock were there."""
+
+    def bump(
+        self, seen: EpochKey | None, nonce: str, *, above: int, voters: Voters, now_ms: int, region: str
+    ) -> EpochKey | None:
+        return super().bump(seen, nonce, above=above, voters=voters, now_ms=0, region=region)
+
+
+class AddsNothing(Keeper):
+    def lacking(self, view: LogView) -> Add:
+        return Add(key_of(view.epoch), (), super().lacking(view).links)
+
+
+class TrustsItsDisk(Server):
+    """A server that came back goes on in its epoch."""
+
+    def same_server(self, epoch: Epoch) -> bool:
+        return True
+
+
+class CountsOverEpochs(Protocol):
+    def counts(self, report: Report, epoch: Epoch) -> bool:
+        return True
+
+
+class OpensAtOnce(Protocol):
+    def may_open(self, epoch: Epoch, known: Iterable[EpochLink], reports: Iterable[Report]) -> bool:
+        return True
+
+
+class WaitsForOthers(Keeper):
+    def is_outvoted(self, view: LogView) -> bool:
+        return False
+
+    def next_step(self, view: LogView | None) -> object:  # type: ignore[override]  # a Step or None
+        if view is not None and Keeper.is_outvoted(self, view):
+            return None
+        return super().next_step(view)
+
+
+class AcknowledgesClosed(Protocol):
+    def is_replicated(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> bool:
+        return self.has_majority(self.voters(epoch), self.holders(position, epoch, reports))
+
+
+class AsksThePredecessor(Protocol):
+    def electorates(self, epoch: Epoch, known: Iterable[EpochLink]) -> list[Voters]:
+        return [link.voters for link in epoch.chain[-2:]]
+
+
+class ForgetsEpochs(Disk):
+    def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
+        super().store(entries, list(links)[-1:])
+        self.links = {key: link for key, link in self.links.items() if key == max(self.links)}
+
+
+class NamesNoEpochs(Keeper):
+    def lacking(self, view: LogView) -> Add:
+        return Add(key_of(view.epoch), super().lacking(view).entries, ())
+
+    def has_newer_voters(self, view: LogView) -> bool:
+        return False
+
+
+def keep_id(world: World, region: Region) -> None:
+    """A copy is put back under its old id."""
+    old = region.keeper.disk
+    disk = type(old)(old.keeper_id)
+    disk.links = dict(old.links)
+    region.keeper = type(region.keeper)(region.name, disk)
+
+
+class SkipsInherited(Keeper):
+    """Stores an epoch's own entries only, and reports the position all the same."""
+
+    def read(self, view: LogView) -> None:
+        own = [entry for position, entry in view.log if position.epoch == view.epoch.number]
+        self.disk.store(own, view.links)
+
+
+class OneEntryAnId(Disk):
+    def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
+        ids = {entry.id for entry in self.entries.values()}
+        super().store((entry for entry in entries if entry.id not in ids), links)
+
+
+class BreaksPromises(Keeper):
+    """Goes on reporting in older epochs."""
+
+    def is_outvoted(self, view: LogView) -> bool:
+        return False
+
+    def merged(self, add: Add, beat_n: int) -> None:
+        self.disk.promise = None
+        super().merged(add, beat_n)
+
+
+MUTANTS = (
+    Mutant("zombie-stays-fresh", "a beat counts once a majority confirmed it", verifier=CountsAnyBeat),
+    Mutant(
+        "one-number-two-histories",
+        "an epoch is a number and a nonce",
+        verifier=NumberIsIdentity,
+        server=SameNumbers,
+    ),
+    Mutant("laggard-promoted", "keepers add again what a log lacks", keeper=AddsNothing),
+    Mutant("restart-from-old-state", "another replication id needs another epoch", server=TrustsItsDisk),
+    Mutant("acknowledged-over-epochs", "evidence counts within one nonce", protocol=CountsOverEpochs),
+    Mutant("opened-without-merge", "an epoch opens when majorities have merged", protocol=OpensAtOnce),
+    Mutant("minority-bump-stalls", "a keeper bumps above its promise", keeper=WaitsForOthers),
+    Mutant("acknowledged-while-closed", "nothing is acknowledged in a closed epoch", protocol=AcknowledgesClosed),
+    Mutant("voters-of-unopened-epoch", "old voters are those since an epoch that opened", protocol=AsksThePredecessor),
+    Mutant("laggard-brings-old-voters", "keepers hold the chain of epochs", keeper=NamesNoEpochs),
+    Mutant("restored-under-old-id", "a restored keeper is a new one", lose=keep_id),
+    Mutant("held-without-inherited", "held means from the first entry", keeper=SkipsInherited),
+    Mutant("one-entry-an-id", "a union keeps two entries under one id", disk=OneEntryAnId),
+    Mutant("promise-broken", "a keeper reports nothing older than its promise", keeper=BreaksPromises),
+)
+"""By name: each must be found by some seed."""

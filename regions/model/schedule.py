@@ -1,0 +1,289 @@
+"""One seed, one schedule: faults at random (safety), then healing and a demand for progress (liveness)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from keyservice.core.keepers import key_of
+from regions.model.checkers import Violation, check_always, check_healed, check_opened
+from regions.model.mutants import HEALTHY, Mutant
+from regions.model.server import Refused
+from regions.model.world import Region, World, _short
+
+__all__ = ["Outcome", "run_schedule"]
+
+STEPS = 260
+HEAL_ROUNDS = 60
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a schedule came to: `violation` is None if everything held."""
+
+    seed: int
+    regions: int
+    acknowledged: int
+    epochs: int
+    violation: Violation | None
+    trace: tuple[str, ...] = ()
+
+
+class Schedule:
+    """Draws what happens next. All chance comes from one generator, so a seed is a schedule."""
+
+    def __init__(self, seed: int, mutant: Mutant) -> None:
+        self.rng = random.Random(seed)
+        self.flavour = self.rng.choice(["mixed", "members", "growth", "disks", "flapping"])
+        self.count = 5 if self.flavour == "growth" else self.rng.choice([1, 3, 3, 3, 3, 5])
+        names = NAMES[: self.count]
+        voters = names[:3] if self.flavour == "growth" else names
+        self.world = World(
+            names,
+            mutant.protocol(),
+            self.rng,
+            keeper=mutant.keeper,
+            disk=mutant.disk,
+            verifier=mutant.verifier,
+            server=mutant.server,
+            voters=voters,
+        )
+        self.mutant = mutant
+        self.harshness = self.rng.choice([0.03, 0.08, 0.15])
+        self.losses_left = (min(3, self.count) - 1) // 2
+        self.latest = names[0]
+
+    # -- safety ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Raises `Violation`."""
+        world = self.world
+        for _ in range(STEPS):
+            world.now_ms += self.rng.choice((5, 20, 60, 150, 400))
+            if self.rng.random() < self.harshness:
+                self.rng.choice(self.faults())()
+            else:
+                self.rng.choices(self.everyday(), self.weights)[0](self.somebody())
+                check_always(world)
+                check_opened(world)
+        self.heal()
+
+    def somebody(self) -> Region:
+        return self.rng.choice(list(self.world.regions.values()))
+
+    weights = (5, 3, 8, 8, 2, 4, 4, 1)
+
+    def everyday(self) -> list[Callable[[Region], None]]:
+        world = self.world
+        return [
+            world.replicate,
+            world.write,
+            world.keep,
+            world.beat,
+            world.open,
+            world.settle_receipts,
+            world.look,
+            self.learn,
+        ]
+
+    def faults(self) -> list[Callable[[], None]]:
+        """What may go wrong, as often as it is named; the flavour names one kind more often."""
+        common = [
+            self.promote,
+            self.promote,
+            self.demote,
+            self.demote,
+            self.stray,
+            self.restart,
+            self.wipe,
+            self.stop_server,
+            self.cut_off,
+            self.split,
+            self.join,
+            self.join,
+            self.crash_keeper,
+            self.keeper_down_or_up,
+            self.lose_keeper,
+            self.change_voters,
+        ]
+        more: dict[str, list[Callable[[], None]]] = {
+            "mixed": [],
+            "members": [self.change_voters] * 8 + [self.promote] * 3,
+            "growth": [self.change_voters] * 4 + [self.promote] * 3 + [self.split] * 6 + [self.elect] * 6,
+            "disks": [self.lose_keeper] * 5 + [self.split] * 4 + [self.elect] * 5,
+            "flapping": [self.promote] * 5 + [self.stray] * 8 + [self.demote] * 3,
+        }
+        return common + more[self.flavour]
+
+    def learn(self, region: Region) -> None:
+        """A region hears of the latest promotion, if it can reach that server."""
+        if self.world.reaches(region.name, self.latest):
+            region.primary, region.seen = self.latest, None
+
+    def promote(self) -> None:
+        """The failover engine makes any server a primary, however far behind; the old one may not notice."""
+        region = self.somebody()
+        if region.server.upstream is None or not region.server.alive:
+            return
+        region.server.become_primary(self.world.fresh())
+        self.latest = region.name
+        self.world.say(f"{region.name} is promoted with {len(region.server.data.log)} entries")
+        for other in self.world.regions.values():
+            if self.rng.random() < 0.6:
+                self.learn(other)
+                if self.rng.random() < 0.7 and other is not region:
+                    self.point(other, region)
+
+    def point(self, region: Region, primary: Region) -> None:
+        """A server becomes a replica, and loses what its new primary does not have."""
+        region.server.upstream, region.server.followed = primary.server, None
+
+    def demote(self) -> None:
+        region, latest = self.somebody(), self.world.regions[self.latest]
+        if region is not latest and self.world.reaches(region.name, self.latest):
+            self.point(region, latest)
+            self.world.say(f"{region.name} follows {self.latest}")
+
+    def stray(self) -> None:
+        """A replica follows another primary than the latest, and its region takes that one for the primary."""
+        region, other = self.somebody(), self.somebody()
+        strays = other.server.upstream is None and region.server.upstream is not None
+        if region is not other and strays and self.world.reaches(region.name, other.name):
+            self.point(region, other)
+            region.primary, region.seen = other.name, None
+            self.world.say(f"{region.name} strays to {other.name}")
+
+    def restart(self) -> None:
+        """A server comes back from its disk, which may be old."""
+        region = self.somebody()
+        newest = len(region.server.history) - 1
+        version = newest if self.rng.random() < 0.5 else self.rng.randint(max(0, newest - 12), newest)
+        region.server.restart(self.world.fresh(), version)
+        self.world.say(f"{region.name} restarts, {newest - version} writes behind")
+
+    def wipe(self) -> None:
+        region = self.somebody()
+        if self.rng.random() < 0.3:
+            region.server.wipe(self.world.fresh())
+            self.world.say(f"{region.name}'s server is wiped")
+
+    def stop_server(self) -> None:
+        region = self.somebody()
+        region.server.alive = False
+        self.world.say(f"{region.name}'s server stops")
+
+    def cut_off(self) -> None:
+        region = self.somebody()
+        for other in self.world.regions:
+            if other != region.name and self.rng.random() < 0.8:
+                self.world.cut.add(frozenset((region.name, other)))
+        self.world.say(f"{region.name} is cut off")
+
+    def split(self) -> None:
+        """Two sides that do not see each other."""
+        names = sorted(self.world.regions)
+        side = set(self.rng.sample(names, self.rng.randint(1, max(1, len(names) // 2))))
+        self.world.cut = {frozenset((a, b)) for a in side for b in names if b not in side}
+        self.world.say(f"split: {', '.join(sorted(side))} from the rest")
+
+    def elect(self) -> None:
+        """Those who cannot reach the latest primary promote one of their own, and follow it."""
+        cut_off = [r for r in self.world.regions.values() if not self.world.reaches(r.name, self.latest)]
+        able = [r for r in cut_off if r.server.alive and r.server.upstream is not None]
+        if not able:
+            return
+        chosen = self.rng.choice(able)
+        chosen.server.become_primary(self.world.fresh())
+        self.latest = chosen.name
+        self.world.say(f"{chosen.name} is elected with {len(chosen.server.data.log)} entries")
+        for region in cut_off:
+            if region is not chosen and self.world.reaches(region.name, chosen.name):
+                self.point(region, chosen)
+            self.learn(region)
+
+    def join(self) -> None:
+        for pair in sorted(self.world.cut, key=sorted):
+            if self.rng.random() < 0.5:
+                self.world.cut.discard(pair)
+
+    def crash_keeper(self) -> None:
+        self.world.keep(self.somebody(), crash=True)
+
+    def keeper_down_or_up(self) -> None:
+        region = self.somebody()
+        region.keeper_up = not region.keeper_up
+
+    def lose_keeper(self) -> None:
+        """A keeper loses its disk, or is put back from a copy: another keeper from then on."""
+        if self.losses_left == 0:
+            return
+        self.losses_left -= 1
+        region = self.somebody()
+        self.mutant.lose(self.world, region)
+        if self.rng.random() < 0.7 and region.server.upstream is not None:  # the host is gone, its server's data too
+            region.server.wipe(self.world.fresh())
+        self.world.say(f"keeper {region.name} lost its disk; it is {region.keeper.disk.keeper_id} now")
+
+    def change_voters(self) -> None:
+        """An operator gives seats to the keepers that now run in all regions, or in three of them."""
+        region = self.somebody()
+        server = self.world.primary_for(region)
+        if server is None or server.data.epoch is None:
+            return
+        names = sorted(self.world.regions)
+        seats = names if self.rng.random() < 0.6 else sorted(self.rng.sample(names, min(3, len(names))))
+        voters = {name: self.world.regions[name].keeper.disk.keeper_id for name in seats}
+        try:
+            seen = key_of(server.checked(key_of(server.data.epoch)))
+        except Refused:
+            return
+        made = server.bump(
+            seen, self.world.nonce(), above=0, voters=voters, now_ms=self.world.now_ms, region=region.name
+        )
+        self.world.say(f"an operator changes the voters on {server.region}: {_short(made)}, {', '.join(seats)}")
+
+    # -- liveness -------------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """Everything runs and reaches everything; one primary. Then progress is owed."""
+        world = self.world
+        world.say("everything heals")
+        world.cut.clear()
+        latest = world.regions[self.latest]
+        for region in world.regions.values():
+            if not region.server.alive:
+                region.server.restart(world.fresh(), len(region.server.history) - 1)
+            region.keeper_up, region.primary, region.seen = True, self.latest, None
+            if region is not latest:
+                self.point(region, latest)
+        latest.server.upstream = None
+        for _ in range(HEAL_ROUNDS):
+            world.now_ms += 200
+            for region in world.regions.values():
+                self.full_turn(region)
+            check_always(world)
+        check_opened(world)
+        check_healed(world)
+
+    def full_turn(self, region: Region) -> None:
+        world = self.world
+        world.replicate(region, fully=True)
+        for step in (world.keep, world.open, world.beat, world.settle_receipts, world.look):
+            step(region)
+
+
+def run_schedule(seed: int, mutant: Mutant = HEALTHY, *, trace: bool = False) -> Outcome:
+    """Run one seed to its end or to the first violation."""
+    schedule = Schedule(seed, mutant)
+    world = schedule.world
+    world.trace = [] if trace else None
+    violation = None
+    try:
+        schedule.run()
+    except Violation as found:
+        violation = found
+        world.say(str(found))
+    epochs = max(len(r.server.data.epoch.chain) if r.server.data.epoch else 0 for r in world.regions.values())
+    return Outcome(seed, schedule.count, len(world.acknowledged), epochs, violation, tuple(world.trace or ()))

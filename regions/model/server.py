@@ -1,0 +1,184 @@
+"""A Redis server as the trust log sees it: its keys, its replication id, and the scripts that write them.
+
+A script is atomic. Every write makes a new immutable `Data`; a replica follows by taking over one of its primary's
+versions, in order, and any of them may be what is left after a promotion or a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from keyservice.core.keepers import EpochKey, Protocol, Report, Voters, key_of, opened, renewed
+from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Meta, Position
+
+__all__ = ["EMPTY", "Data", "Refused", "Server"]
+
+
+class Refused(Exception):
+    """A script refused before it wrote anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """All keys of `{trust}:` at one moment."""
+
+    meta: Meta | None = None
+    epoch: Epoch | None = None
+    known: tuple[EpochLink, ...] = ()
+    log: tuple[tuple[Position, Entry], ...] = ()
+    beat: Beat | None = None
+    reports: Mapping[str, Report] = field(default_factory=dict)
+
+
+EMPTY = Data()
+
+
+class Server:
+    """One region's server. `upstream` is the primary it follows, None for a primary."""
+
+    def __init__(self, region: str, protocol: Protocol, replid: int) -> None:
+        self.region = region
+        self.protocol = protocol
+        self.replid = replid
+        self.alive = True
+        self.upstream: Server | None = None
+        self.clock_offset_ms = 0
+        self.history: list[Data] = [EMPTY]
+        self.followed: tuple[int, int] | None = None
+
+    @property
+    def data(self) -> Data:
+        """The keys as they are now."""
+        return self.history[-1]
+
+    def _write(self, **changes: object) -> None:
+        self.history.append(replace(self.data, **changes))  # type: ignore[arg-type]  # fields of Data
+
+    # -- replication ----------------------------------------------------------------------------------------------
+
+    def follow(self, version: int) -> None:
+        """Take over the primary's version with this number; a full synchronisation where its history is another."""
+        primary = self.upstream
+        assert primary is not None
+        same = self.followed is not None and self.followed[0] == primary.replid
+        at = max(version, self.followed[1]) if same and self.followed is not None else version
+        self.followed = (primary.replid, at)
+        if self.data is not primary.history[at]:
+            self.history.append(primary.history[at])
+
+    def become_primary(self, replid: int) -> None:
+        """Promotion: go on with what it has, under a new replication id."""
+        self.upstream, self.followed, self.replid = None, None, replid
+        self.history = [*self.history[-8:]]
+
+    def restart(self, replid: int, version: int) -> None:
+        """Come back with a version of its own past, under a new replication id."""
+        self.replid, self.followed, self.alive = replid, None, True
+        self.history = [*self.history[: version + 1]]
+
+    def wipe(self, replid: int) -> None:
+        """Come back with nothing."""
+        self.replid, self.followed, self.alive, self.history = replid, None, True, [EMPTY]
+
+    # -- scripts --------------------------------------------------------------------------------------------------
+
+    def checked(self, seen: EpochKey) -> Epoch:
+        """The checks in front of every script; raises `Refused`."""
+        if self.upstream is not None:
+            raise Refused("TRUST_NOT_PRIMARY")
+        epoch = self.data.epoch
+        if epoch is None:
+            raise Refused("TRUST_NO_EPOCH")
+        if not self.same_server(epoch):
+            raise Refused("TRUST_REPLID")
+        if key_of(epoch) != seen:
+            raise Refused("TRUST_EPOCH")
+        return epoch
+
+    def same_server(self, epoch: Epoch) -> bool:
+        """Whether the epoch was opened on this very history."""
+        return epoch.replid == str(self.replid)
+
+    def append(self, seen: EpochKey, entries: Iterable[Entry], links: Iterable[EpochLink] = ()) -> int:
+        """Append entries and name epochs; the newest beat's number, -1 for none in this epoch."""
+        epoch = self.checked(seen)
+        log = list(self.data.log)
+        first = log[-1][0].seq + 1 if log[-1][0].epoch == epoch.number else 1
+        log += [(Position(epoch.number, first + i, epoch.nonce), entry) for i, entry in enumerate(entries)]
+        chain, known = self._named(epoch, links)
+        self._write(log=tuple(log), epoch=replace(epoch, chain=chain), known=known)
+        beat = self.data.beat
+        return beat.n if beat is not None and beat.nonce == epoch.nonce else -1
+
+    def _named(self, epoch: Epoch, links: Iterable[EpochLink]) -> tuple[tuple[EpochLink, ...], tuple[EpochLink, ...]]:
+        """The chain and the other known epochs after a keeper has named what it knows."""
+        chain = {key_of(link): link for link in epoch.chain}
+        known = {key_of(link): link for link in self.data.known}
+        for link in links:
+            target = chain if key_of(link) in chain else known
+            held = target.get(key_of(link))
+            if held is None or (link.opened and not held.opened):
+                target[key_of(link)] = link if held is None else msgspec.structs.replace(held, opened=True)
+        return tuple(chain.values()), tuple(known.values())
+
+    def put_report(self, report: Report) -> None:
+        """Put a keeper's evidence in place."""
+        self.checked(report.epoch)
+        newer = renewed(self.data.reports.get(report.region), report)
+        self._write(reports={**self.data.reports, report.region: newer})
+
+    def issue_beat(self, seen: EpochKey, now_ms: int) -> None:
+        """Say how far the log goes, and which beat a majority has confirmed."""
+        epoch = self.checked(seen)
+        self._write(beat=self._next_beat(epoch, now_ms))
+
+    def _next_beat(self, epoch: Epoch, now_ms: int) -> Beat:
+        held = self.data.beat if self.data.beat is not None and self.data.beat.nonce == epoch.nonce else None
+        beat = Beat(
+            nonce=epoch.nonce,
+            n=0 if held is None else held.n + 1,
+            at_ms=now_ms + self.clock_offset_ms,
+            position=Position(*self.data.log[-1][0][:2], epoch.nonce),
+            generation=Generation(epoch.number, 0),
+        )
+        confirmed = self.protocol.confirmed(epoch, self.data.reports.values())
+        if confirmed is None:
+            return beat
+        number, seq = map(int, confirmed.beat_position.split("-"))
+        return replace(
+            beat,
+            confirmed_n=confirmed.beat_n,
+            confirmed_at_ms=confirmed.beat_at_ms,
+            confirmed_position=Position(number, seq, epoch.nonce),
+        )
+
+    def open_epoch(self, seen: EpochKey, now_ms: int) -> None:
+        """Open the epoch, and issue a beat anew: only beats of an open epoch count."""
+        epoch = opened(self.checked(seen))
+        self._write(epoch=epoch)
+        self._write(beat=self._next_beat(epoch, now_ms))
+
+    def bump(
+        self, seen: EpochKey | None, nonce: str, *, above: int, voters: Voters, now_ms: int, region: str
+    ) -> EpochKey | None:
+        """A new epoch by compare-and-set; None if the epoch is another one than was seen."""
+        if self.upstream is not None:
+            raise Refused("TRUST_NOT_PRIMARY")
+        held = self.data.epoch
+        if (None if held is None else key_of(held)) != seen:
+            return None
+        last = self.data.log[-1][0] if self.data.log else None
+        numbers = [above + 1, now_ms + self.clock_offset_ms, 0 if held is None else held.number + 1]
+        number = max(*numbers, 0 if last is None else last.epoch + 1)
+        link = EpochLink(number, nonce, None if last is None else str(last), dict(voters), False)
+        chain = (*(held.chain if held is not None else ()), link)
+        start = Entry(f"epoch-{nonce}", "epoch", "", f"{nonce} {last or '-'}", None, 0, "", now_ms, region)
+        self._write(
+            meta=self.data.meta or Meta(nonce, None, 1, 1, 86_400),
+            epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain),
+            log=(*self.data.log, (Position(number, 0, nonce), start)),
+        )
+        return key_of(link)

@@ -1,0 +1,328 @@
+"""Regions, the connections between them, and who does what in a region: writer, keeper, verifier.
+
+Everything here is one atomic step of somebody; `schedule` decides who is next. Times are virtual milliseconds.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from keyservice.core.keepers import Add, Bump, Disk, EpochKey, Keeper, LogView, Protocol, Send, key_of
+from regions.model.server import Data, Refused, Server
+from verifier.freshness import Freshness
+from verifier.log import Entry, Epoch, FormatError, Position
+from verifier.reader import Gap, Reader, Reread
+from verifier.revocations import Mirror
+
+__all__ = ["ISSUER", "Acknowledged", "Region", "SimVerifier", "World"]
+
+ISSUER = "https://id.model.test"
+MAX_SKEW_S = 5.0
+START_MS = 1_800_000_000_000
+
+
+@lru_cache(maxsize=4096)
+def _raw(position: Position, entry: Entry) -> tuple[bytes, dict[bytes, bytes]]:
+    """An entry as the stream shows it."""
+    return position.stream_id.encode(), {k.encode(): v.encode() for k, v in entry.encode().items()}
+
+
+class SimVerifier:
+    """A verifier's mirror, as `verifier.replica` puts it together, over a server of the model."""
+
+    freshness_type = Freshness
+
+    def __init__(self, wall_offset_ms: int) -> None:
+        self.wall_offset_ms = wall_offset_ms
+        self.mirror = Mirror()
+        self.freshness = self.freshness_type(MAX_SKEW_S)
+        self.reader: Reader | None = None
+        self.known_gaps: frozenset[Gap] = frozenset()
+
+    def round(self, data: Data, now_ms: int) -> None:
+        """One round of reading; whatever contradicts what was read makes it read again, and it keeps what it has."""
+        if data.meta is None or data.epoch is None:
+            return
+        tolerant = False
+        for _ in range(3):
+            try:
+                self._round(data, now_ms, tolerant)
+                break
+            except Reread as reread:
+                if self.reader is not None and reread.reason == "next_epoch":
+                    self.known_gaps = frozenset(self.reader.gaps)
+                self.reader = None
+                tolerant = reread.reason in ("hole", "fork")
+            except FormatError:
+                self.reader = None
+
+    def _round(self, data: Data, now_ms: int, tolerant: bool) -> None:
+        assert data.meta is not None
+        assert data.epoch is not None
+        reader = self.reader or Reader(data.meta, data.epoch, tolerant, self.known_gaps)
+        since = reader.position
+        reader.check(data.meta, data.epoch, data.log[-1][0][:2]) if since is not None else None
+        unread = data.log if since is None else [item for item in data.log if item[0][:2] > since[:2]]
+        accepted = reader.accept(_raw(position, entry) for position, entry in unread)
+        reader.tolerant = False
+        self.reader = reader
+        entries = [entry for _, entry in accepted]
+        self.mirror.apply(entries)
+        assert reader.position is not None
+        self._hear(data, data.epoch, reader, now_ms)
+
+    def _hear(self, data: Data, epoch: Epoch, reader: Reader, now_ms: int) -> None:
+        assert data.meta is not None
+        assert reader.position is not None
+        state = replace(self.freshness, synced=True, holed_nonce=reader.holed_nonce)
+        if data.beat is not None:
+            now = (now_ms + self.wall_offset_ms) / 1000
+            state = state.heard(data.beat, epoch, data.meta, now=now, mono=now_ms / 1000)
+        self.freshness = state.reached(reader.position)
+
+    def is_fresh(self, now_ms: int, bound_s: float) -> bool:
+        """Whether it calls itself fresh."""
+        now = (now_ms + self.wall_offset_ms) / 1000
+        return self.freshness.staleness(now=now, mono=now_ms / 1000, max_staleness_s=bound_s).fresh
+
+    def enforces(self, entry: Entry) -> bool:
+        """Whether a token that the entry revokes is refused."""
+        return self.mirror.snapshot.find(issuer=ISSUER, jti=entry.value) is not None
+
+
+@dataclass(slots=True)
+class Region:
+    """What one region runs. `primary` is whom its writer and keeper take for the primary, right or wrong."""
+
+    name: str
+    server: Server
+    keeper: Keeper
+    verifier: SimVerifier
+    primary: str
+    keeper_up: bool = True
+    seen: EpochKey | None = None
+    pending: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """An entry that was acknowledged `replicated`, and when."""
+
+    entry: Entry
+    at_ms: int
+
+
+class World:
+    """All regions. `cut` holds the pairs that cannot reach each other."""
+
+    def __init__(
+        self,
+        names: list[str],
+        protocol: Protocol,
+        rng: random.Random,
+        *,
+        keeper: type[Keeper] = Keeper,
+        disk: type[Disk] = Disk,
+        verifier: type[SimVerifier] = SimVerifier,
+        server: type[Server] = Server,
+        voters: list[str] | None = None,
+    ) -> None:
+        self.rng = rng
+        self.protocol = protocol
+        self.now_ms = START_MS
+        self.cut: set[frozenset[str]] = set()
+        self.acknowledged: list[Acknowledged] = []
+        self.trace: list[str] | None = None
+        self._keeper, self._disk = keeper, disk
+        self._count = 0
+        self.regions: dict[str, Region] = {}
+        for name in names:
+            offset = rng.randint(-1500, 1500)
+            self.regions[name] = Region(
+                name,
+                server(name, protocol, self.fresh()),
+                keeper(name, disk(f"keeper-{name}-{self.fresh()}")),
+                verifier(offset),
+                names[0],
+            )
+            self.regions[name].server.clock_offset_ms = rng.randint(-1500, 1500)
+        home = self.regions[names[0]].server
+        for region in list(self.regions.values())[1:]:
+            region.server.upstream = home
+        seats = {name: self.regions[name].keeper.disk.keeper_id for name in voters or names}
+        home.bump(None, self.nonce(), above=0, voters=seats, now_ms=self.now_ms, region=names[0])
+        assert home.data.epoch is not None
+        for region in self.regions.values():  # first start: every seat's keeper has registered
+            region.keeper.disk.store([], home.data.epoch.chain)
+
+    def fresh(self) -> int:
+        """A number that was never used before."""
+        self._count += 1
+        return self._count
+
+    def nonce(self) -> str:
+        """A random epoch nonce."""
+        return f"{self.rng.getrandbits(64):016x}"
+
+    def say(self, text: str) -> None:
+        """A line of the trace."""
+        if self.trace is not None:
+            self.trace.append(f"{(self.now_ms - START_MS) / 1000:8.3f}  {text}")
+
+    def reaches(self, a: str, b: str) -> bool:
+        """Whether region `a` can talk to region `b`'s server."""
+        return self.regions[b].server.alive and (a == b or frozenset((a, b)) not in self.cut)
+
+    def primary_for(self, region: Region) -> Server | None:
+        """The server that this region writes to, if it answers."""
+        return self.regions[region.primary].server if self.reaches(region.name, region.primary) else None
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def replicate(self, region: Region, *, fully: bool = False) -> None:
+        """The region's server takes over more of its primary's history."""
+        server, upstream = region.server, region.server.upstream
+        if not server.alive or upstream is None or upstream.upstream is not None:
+            return
+        if not self.reaches(region.name, upstream.region):
+            return
+        newest = len(upstream.history) - 1
+        same = server.followed is not None and server.followed[0] == upstream.replid
+        oldest = server.followed[1] if same and server.followed is not None else newest
+        server.follow(newest if fully else self.rng.randint(min(oldest, newest), newest))
+
+    def write(self, region: Region) -> None:
+        """Somebody revokes a token here: the intent is stored, then appended."""
+        if not region.keeper_up:
+            return
+        value = f"e{self.fresh()}"
+        taken = [entry.id for other in self.regions.values() for entry in other.pending]
+        name = self.rng.choice(taken) if taken and self.rng.random() < 0.05 else value
+        entry = Entry(name, "jti", ISSUER, value, None, 4_000_000_000, "", self.now_ms, region.name)
+        region.keeper.disk.store([entry], [])
+        region.pending.append(entry)
+        self.append(region, entry)
+
+    def append(self, region: Region, entry: Entry) -> None:
+        """Try to append, with the reactions of a writer to each refusal."""
+        server = self.primary_for(region)
+        if server is None:
+            return
+        for _ in range(4):
+            held = server.data.epoch
+            region.seen = region.seen or (None if held is None else key_of(held))
+            if region.seen is None:
+                return
+            try:
+                server.append(region.seen, [entry])
+                region.keeper.appended(region.seen, entry)
+                self.say(f"{region.name} appends {entry.value} on {server.region} in {_short(region.seen)}")
+            except Refused as refused:
+                if not self.react(region, server, str(refused)):
+                    return
+            else:
+                return
+
+    def react(self, region: Region, server: Server, refusal: str) -> bool:
+        """What a writer does after a refusal; True to try again."""
+        seen, region.seen = region.seen, None
+        held = server.data.epoch
+        if refusal == "TRUST_REPLID" and held is not None:
+            voters = self.protocol.voters(held)
+            made = server.bump(
+                key_of(held), self.nonce(), above=0, voters=voters, now_ms=self.now_ms, region=region.name
+            )
+            self.say(f"{region.name} bumps on {server.region}: {_short(key_of(held))} -> {_short(made)}")
+            return True
+        return refusal == "TRUST_EPOCH" and seen is not None
+
+    def beat(self, region: Region) -> None:
+        """The region's key service beats."""
+        server = self.primary_for(region)
+        if server is None or server.data.epoch is None:
+            return
+        try:
+            server.issue_beat(key_of(server.data.epoch), self.now_ms)
+        except Refused as refused:
+            region.seen = key_of(server.data.epoch)
+            self.react(region, server, str(refused))
+
+    def open(self, region: Region) -> None:
+        """The region's key service opens the epoch, if enough keepers have merged."""
+        server = self.primary_for(region)
+        if server is None or server.data.epoch is None or server.data.epoch.open:
+            return
+        data, epoch = server.data, server.data.epoch
+        if self.protocol.may_open(epoch, data.known, data.reports.values()):
+            try:
+                server.open_epoch(key_of(epoch), self.now_ms)
+                self.say(f"{region.name} opens {_short(key_of(epoch))} on {server.region}")
+            except Refused:
+                return
+
+    def settle_receipts(self, region: Region) -> None:
+        """The region's key service looks at its pending receipts, at the primary or at its own replica."""
+        server = self.primary_for(region) if self.rng.random() < 0.5 else region.server
+        if server is None or not server.alive or server.data.epoch is None:
+            return
+        data, epoch = server.data, server.data.epoch
+        for entry in list(region.pending):
+            place = next((position for position, held in data.log if held is entry), None)
+            if place is not None and self.protocol.is_replicated(place, epoch, data.reports.values()):
+                region.pending.remove(entry)
+                self.acknowledged.append(Acknowledged(entry, self.now_ms))
+                self.say(f"{region.name} acknowledges {entry.value} in {_short(key_of(epoch))}")
+
+    def keep(self, region: Region, *, crash: bool = False) -> None:
+        """One turn of the region's keeper; with `crash` it dies somewhere in it."""
+        if not region.keeper_up or not region.server.alive:
+            return
+        stop = self.rng.randint(1, 3) if crash else 9
+        keeper, data = region.keeper, region.server.data
+        view = None if data.epoch is None else LogView(data.epoch, data.known, data.log, data.beat)
+        if view is not None:
+            keeper.read(view)
+        step = keeper.next_step(view)
+        if stop > 1:
+            self._carry_out(region, step, stop)
+        if crash:
+            self.say(f"keeper {region.name} crashes")
+            region.keeper = self._keeper(region.name, keeper.disk)
+
+    def _carry_out(self, region: Region, step: Add | Bump | Send | None, stop: int) -> None:
+        server = self.primary_for(region)
+        if server is None or step is None:
+            return
+        try:
+            if isinstance(step, Bump):
+                made = server.bump(
+                    step.seen,
+                    self.nonce(),
+                    above=step.above,
+                    voters=step.voters,
+                    now_ms=self.now_ms,
+                    region=region.name,
+                )
+                self.say(f"keeper {region.name} bumps above {step.above} on {server.region}: {_short(made)}")
+            elif isinstance(step, Add):
+                beat_n = server.append(step.seen, step.entries, step.links)
+                if stop > 2:
+                    region.keeper.merged(step, beat_n)
+                    self.say(f"keeper {region.name} merges into {_short(step.seen)}, adding {len(step.entries)}")
+            else:
+                server.put_report(step.report)
+        except Refused as refused:
+            if str(refused) == "TRUST_REPLID" and server.data.epoch is not None:
+                region.seen = key_of(server.data.epoch)
+                self.react(region, server, str(refused))
+
+    def look(self, region: Region) -> None:
+        """One round of the region's verifier."""
+        if region.server.alive:
+            region.verifier.round(region.server.data, self.now_ms)
+
+
+def _short(key: EpochKey | None) -> str:
+    return "lost the race" if key is None else f"{key.number - START_MS}.{key.nonce[:4]}"
