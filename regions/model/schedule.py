@@ -10,11 +10,16 @@ from keyservice.core.keepers import key_of
 from regions.model.checkers import Violation, check_always, check_healed, check_opened
 from regions.model.mutants import HEALTHY, Mutant
 from regions.model.server import Refused
+from regions.model.skeletons import SKELETONS
 from regions.model.world import Region, World, _short
 
-__all__ = ["Outcome", "run_schedule"]
+__all__ = ["Outcome", "Schedule", "run_schedule"]
 
 STEPS = 260
+LATE = 0.2
+"""How often a keeper's step is not carried out at once."""
+
+FLAVOURS = ["mixed", "members", "growth", "disks", "flapping", *SKELETONS]
 HEAL_ROUNDS = 60
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -36,10 +41,11 @@ class Schedule:
 
     def __init__(self, seed: int, mutant: Mutant) -> None:
         self.rng = random.Random(seed)
-        self.flavour = self.rng.choice(["mixed", "members", "growth", "disks", "flapping"])
-        self.count = 5 if self.flavour == "growth" else self.rng.choice([1, 3, 3, 3, 3, 5])
+        self.flavour = self.rng.choice(FLAVOURS)
+        grows = self.flavour in ("growth", "sides")
+        self.count = 5 if grows else self.rng.choice([3, 3, 3, 5] if self.flavour in SKELETONS else [1, 3, 3, 3, 3, 5])
         names = NAMES[: self.count]
-        voters = names[:3] if self.flavour == "growth" else names
+        voters = names[:3] if grows else names
         self.world = World(
             names,
             mutant.protocol(),
@@ -54,39 +60,49 @@ class Schedule:
         self.harshness = self.rng.choice([0.03, 0.08, 0.15])
         self.losses_left = (min(3, self.count) - 1) // 2
         self.latest = names[0]
-
-    # -- safety ---------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Raises `Violation`."""
         world = self.world
-        for _ in range(STEPS):
-            world.now_ms += self.rng.choice((5, 20, 60, 150, 400))
-            if self.rng.random() < self.harshness:
-                self.rng.choice(self.faults())()
-            else:
-                self.rng.choices(self.everyday(), self.weights)[0](self.somebody())
-                check_always(world)
-                check_opened(world)
-        self.heal()
-
-    def somebody(self) -> Region:
-        return self.rng.choice(list(self.world.regions.values()))
-
-    weights = (5, 3, 8, 8, 2, 4, 4, 1)
-
-    def everyday(self) -> list[Callable[[Region], None]]:
-        world = self.world
-        return [
+        self.everyday: list[Callable[[Region], None]] = [
             world.replicate,
             world.write,
-            world.keep,
+            self.keep,
             world.beat,
             world.open,
             world.settle_receipts,
             world.look,
             self.learn,
         ]
+
+    # -- safety ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Raises `Violation`."""
+        skeleton = SKELETONS.get(self.flavour)
+        if skeleton is None:
+            self.live(STEPS, self.harshness)
+        else:
+            skeleton(self)
+        self.heal()
+
+    def live(self, steps: int, harshness: float = 0.0) -> None:
+        """So many steps of somebody, each a fault with the probability `harshness`."""
+        world = self.world
+        faults = self.faults() if harshness else []
+        for _ in range(steps):
+            world.now_ms += self.rng.choice((5, 20, 60, 150, 400))
+            if self.rng.random() < harshness:
+                self.rng.choice(faults)()
+            else:
+                self.rng.choices(self.everyday, self.weights)[0](self.somebody())
+                check_always(world)
+                check_opened(world)
+
+    def somebody(self) -> Region:
+        return self.rng.choice(list(self.world.regions.values()))
+
+    weights = (5, 3, 8, 8, 2, 4, 4, 1)
+
+    def keep(self, region: Region) -> None:
+        self.world.keep(region, late=LATE)
 
     def faults(self) -> list[Callable[[], None]]:
         """What may go wrong, as often as it is named; the flavour names one kind more often."""
@@ -115,7 +131,7 @@ class Schedule:
             "disks": [self.lose_keeper] * 5 + [self.split] * 4 + [self.elect] * 5,
             "flapping": [self.promote] * 5 + [self.stray] * 8 + [self.demote] * 3,
         }
-        return common + more[self.flavour]
+        return common + more.get(self.flavour, [])
 
     def learn(self, region: Region) -> None:
         """A region hears of the latest promotion, if it can reach that server."""
@@ -148,7 +164,9 @@ class Schedule:
 
     def stray(self) -> None:
         """A replica follows another primary than the latest, and its region takes that one for the primary."""
-        region, other = self.somebody(), self.somebody()
+        self.stray_to(self.somebody(), self.somebody())
+
+    def stray_to(self, region: Region, other: Region) -> None:
         strays = other.server.upstream is None and region.server.upstream is not None
         if region is not other and strays and self.world.reaches(region.name, other.name):
             self.point(region, other)
@@ -184,21 +202,29 @@ class Schedule:
     def split(self) -> None:
         """Two sides that do not see each other."""
         names = sorted(self.world.regions)
-        side = set(self.rng.sample(names, self.rng.randint(1, max(1, len(names) // 2))))
+        self.part(set(self.rng.sample(names, self.rng.randint(1, max(1, len(names) // 2)))))
+
+    def part(self, side: set[str]) -> None:
+        """These regions and the others do not see each other."""
+        names = sorted(self.world.regions)
         self.world.cut = {frozenset((a, b)) for a in side for b in names if b not in side}
         self.world.say(f"split: {', '.join(sorted(side))} from the rest")
 
-    def elect(self) -> None:
+    def elect(self, *, laggard: bool = False) -> None:
         """Those who cannot reach the latest primary promote one of their own, and follow it."""
         cut_off = [r for r in self.world.regions.values() if not self.world.reaches(r.name, self.latest)]
         able = [r for r in cut_off if r.server.alive and r.server.upstream is not None]
         if not able:
             return
-        chosen = self.rng.choice(able)
+        chosen = min(able, key=lambda r: len(r.server.data.log)) if laggard else self.rng.choice(able)
+        self.lead(chosen, cut_off)
+
+    def lead(self, chosen: Region, followers: list[Region]) -> None:
+        """A server becomes a primary, and those of the others that reach it follow it."""
         chosen.server.become_primary(self.world.fresh())
         self.latest = chosen.name
         self.world.say(f"{chosen.name} is elected with {len(chosen.server.data.log)} entries")
-        for region in cut_off:
+        for region in followers:
             if region is not chosen and self.world.reaches(region.name, chosen.name):
                 self.point(region, chosen)
             self.learn(region)
@@ -209,7 +235,7 @@ class Schedule:
                 self.world.cut.discard(pair)
 
     def crash_keeper(self) -> None:
-        self.world.keep(self.somebody(), crash=True)
+        self.world.crash(self.somebody())
 
     def keeper_down_or_up(self) -> None:
         region = self.somebody()
@@ -219,21 +245,27 @@ class Schedule:
         """A keeper loses its disk, or is put back from a copy: another keeper from then on."""
         if self.losses_left == 0:
             return
+        self.lose_keeper_of(self.somebody(), 0.7)
+
+    def lose_keeper_of(self, region: Region, with_server: float) -> None:
+        """With the probability `with_server` the host is gone, and its server's data too."""
         self.losses_left -= 1
-        region = self.somebody()
         self.mutant.lose(self.world, region)
-        if self.rng.random() < 0.7 and region.server.upstream is not None:  # the host is gone, its server's data too
+        if self.rng.random() < with_server and region.server.upstream is not None:
             region.server.wipe(self.world.fresh())
         self.world.say(f"keeper {region.name} lost its disk; it is {region.keeper.disk.keeper_id} now")
 
     def change_voters(self) -> None:
         """An operator gives seats to the keepers that now run in all regions, or in three of them."""
-        region = self.somebody()
+        names = sorted(self.world.regions)
+        seats = names if self.rng.random() < 0.6 else sorted(self.rng.sample(names, min(3, len(names))))
+        self.seat(self.somebody(), seats)
+
+    def seat(self, region: Region, seats: list[str]) -> None:
+        """An operator in this region gives the seats to the keepers that now run in these regions."""
         server = self.world.primary_for(region)
         if server is None or server.data.epoch is None:
             return
-        names = sorted(self.world.regions)
-        seats = names if self.rng.random() < 0.6 else sorted(self.rng.sample(names, min(3, len(names))))
         voters = {name: self.world.regions[name].keeper.disk.keeper_id for name in seats}
         try:
             seen = key_of(server.checked(key_of(server.data.epoch)))

@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import msgspec
 
 from keyservice.core.keepers import EpochKey, Protocol, Report, Voters, key_of, opened, renewed
 from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Meta, Position
 
-__all__ = ["EMPTY", "Data", "Refused", "Server"]
+__all__ = ["EMPTY", "Data", "Refused", "Server", "StoredEntry"]
+
+
+class StoredEntry(Entry):
+    """An entry that computes its digest once."""
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return Entry.digest(self)
+
+    def digest(self) -> bytes:
+        return self._digest
 
 
 class Refused(Exception):
@@ -175,7 +187,7 @@ class Server:
         number = max(*numbers, 0 if last is None else last.epoch + 1)
         link = EpochLink(number, nonce, None if last is None else str(last), dict(voters), False)
         chain = (*(held.chain if held is not None else ()), link)
-        start = Entry(f"epoch-{nonce}", "epoch", "", f"{nonce} {last or '-'}", None, 0, "", now_ms, region)
+        start = StoredEntry(f"epoch-{nonce}", "epoch", "", f"{nonce} {last or '-'}", None, 0, "", now_ms, region)
         self._write(
             meta=self.data.meta or Meta(nonce, None, 1, 1, 86_400),
             epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain),

@@ -9,8 +9,8 @@ import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from keyservice.core.keepers import Add, Bump, Disk, EpochKey, Keeper, LogView, Protocol, Send, key_of
-from regions.model.server import Data, Refused, Server
+from keyservice.core.keepers import Add, Bump, Disk, EpochKey, Keeper, LogView, Protocol, Step, key_of
+from regions.model.server import Data, Refused, Server, StoredEntry
 from verifier.freshness import Freshness
 from verifier.log import Entry, Epoch, FormatError, Position
 from verifier.reader import Gap, Reader, Reread
@@ -92,6 +92,15 @@ class SimVerifier:
         return self.mirror.snapshot.find(issuer=ISSUER, jti=entry.value) is not None
 
 
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A keeper's step on its way to a server. It may arrive after the keeper that sent it has died."""
+
+    step: Step
+    server: str
+    keeper: Keeper
+
+
 @dataclass(slots=True)
 class Region:
     """What one region runs. `primary` is whom its writer and keeper take for the primary, right or wrong."""
@@ -104,6 +113,7 @@ class Region:
     keeper_up: bool = True
     seen: EpochKey | None = None
     pending: list[Entry] = field(default_factory=list)
+    in_flight: InFlight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +210,7 @@ class World:
         value = f"e{self.fresh()}"
         taken = [entry.id for other in self.regions.values() for entry in other.pending]
         name = self.rng.choice(taken) if taken and self.rng.random() < 0.05 else value
-        entry = Entry(name, "jti", ISSUER, value, None, 4_000_000_000, "", self.now_ms, region.name)
+        entry = StoredEntry(name, "jti", ISSUER, value, None, 4_000_000_000, "", self.now_ms, region.name)
         region.keeper.disk.store([entry], [])
         region.pending.append(entry)
         self.append(region, entry)
@@ -250,11 +260,14 @@ class World:
             self.react(region, server, str(refused))
 
     def open(self, region: Region) -> None:
-        """The region's key service opens the epoch, if enough keepers have merged."""
+        """The region's key service opens the epoch if enough keepers have merged, says the primary or its replica."""
         server = self.primary_for(region)
-        if server is None or server.data.epoch is None or server.data.epoch.open:
+        if server is None:
             return
-        data, epoch = server.data, server.data.epoch
+        data = server.data if self.rng.random() < 0.7 else region.server.data
+        epoch = data.epoch
+        if epoch is None or epoch.open:
+            return
         if self.protocol.may_open(epoch, data.known, data.reports.values()):
             try:
                 server.open_epoch(key_of(epoch), self.now_ms)
@@ -275,48 +288,58 @@ class World:
                 self.acknowledged.append(Acknowledged(entry, self.now_ms))
                 self.say(f"{region.name} acknowledges {entry.value} in {_short(key_of(epoch))}")
 
-    def keep(self, region: Region, *, crash: bool = False) -> None:
-        """One turn of the region's keeper; with `crash` it dies somewhere in it."""
+    def keep(self, region: Region, *, late: float = 0.0) -> None:
+        """One turn of the region's keeper; its step arrives in a later turn with the probability `late`."""
         if not region.keeper_up or not region.server.alive:
             return
-        stop = self.rng.randint(1, 3) if crash else 9
+        if region.in_flight is not None:
+            self.arrive(region)
+            return
         keeper, data = region.keeper, region.server.data
         view = None if data.epoch is None else LogView(data.epoch, data.known, data.log, data.beat)
         if view is not None:
             keeper.read(view)
         step = keeper.next_step(view)
-        if stop > 1:
-            self._carry_out(region, step, stop)
-        if crash:
-            self.say(f"keeper {region.name} crashes")
-            region.keeper = self._keeper(region.name, keeper.disk)
-
-    def _carry_out(self, region: Region, step: Add | Bump | Send | None, stop: int) -> None:
-        server = self.primary_for(region)
-        if server is None or step is None:
+        if step is None:
             return
+        region.in_flight = InFlight(step, region.primary, keeper)
+        if late == 0.0 or self.rng.random() >= late:
+            self.arrive(region)
+
+    def crash(self, region: Region) -> None:
+        """The region's keeper dies: its step arrives without it later, or never does."""
+        self.say(f"keeper {region.name} crashes")
+        region.keeper = self._keeper(region.name, region.keeper.disk)
+        if self.rng.random() < 0.5:
+            region.in_flight = None
+
+    def arrive(self, region: Region) -> None:
+        """The region's step in flight reaches its server, or is lost."""
+        sent, region.in_flight = region.in_flight, None
+        if sent is None or not self.reaches(region.name, sent.server):
+            return
+        server = self.regions[sent.server].server
         try:
-            if isinstance(step, Bump):
-                made = server.bump(
-                    step.seen,
-                    self.nonce(),
-                    above=step.above,
-                    voters=step.voters,
-                    now_ms=self.now_ms,
-                    region=region.name,
-                )
-                self.say(f"keeper {region.name} bumps above {step.above} on {server.region}: {_short(made)}")
-            elif isinstance(step, Add):
-                beat_n = server.append(step.seen, step.entries, step.links)
-                if stop > 2:
-                    region.keeper.merged(step, beat_n)
-                    self.say(f"keeper {region.name} merges into {_short(step.seen)}, adding {len(step.entries)}")
-            else:
-                server.put_report(step.report)
+            self._carry_out(region, sent, server)
         except Refused as refused:
             if str(refused) == "TRUST_REPLID" and server.data.epoch is not None:
                 region.seen = key_of(server.data.epoch)
                 self.react(region, server, str(refused))
+
+    def _carry_out(self, region: Region, sent: InFlight, server: Server) -> None:
+        step = sent.step
+        if isinstance(step, Bump):
+            made = server.bump(
+                step.seen, self.nonce(), above=step.above, voters=step.voters, now_ms=self.now_ms, region=region.name
+            )
+            self.say(f"keeper {region.name} bumps above {step.above - START_MS} on {server.region}: {_short(made)}")
+        elif isinstance(step, Add):
+            beat_n = server.append(step.seen, step.entries, step.links)
+            self.say(f"keeper {region.name} adds {len(step.entries)} entries to {_short(step.seen)}")
+            if region.keeper is sent.keeper:
+                sent.keeper.merged(step, beat_n)
+        else:
+            server.put_report(step.report)
 
     def look(self, region: Region) -> None:
         """One round of the region's verifier."""

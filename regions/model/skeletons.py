@@ -1,0 +1,94 @@
+"""Schedules whose course is given and whose timing and sides are drawn: faults that chance seldom brings together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regions.model.schedule import Schedule
+
+__all__ = ["SKELETONS"]
+
+
+def sides(schedule: Schedule) -> None:
+    """A laggard; voters change without it; a split; each side goes on, the laggard's under a primary of its own."""
+    rng, world = schedule.rng, schedule.world
+    names = sorted(world.regions)
+    laggard, *others = rng.sample([name for name in names if name != schedule.latest], len(names) - 1)
+    schedule.live(rng.randint(20, 50))
+    early = rng.random() < 0.5
+    if early:
+        schedule.part({laggard})
+    else:
+        schedule.part({laggard, *others[: rng.randint(0, 2)]})
+    schedule.seat(world.regions[schedule.latest], _seats(schedule, names))
+    schedule.live(rng.randint(20, 90))
+    if early:
+        schedule.part({laggard, *others[: rng.randint(0, 2)]})
+        schedule.live(rng.randint(0, 50))
+    if rng.random() < 0.5:
+        _go_on(schedule)
+        schedule.live(rng.randint(10, 60))
+    schedule.elect(laggard=rng.random() < 0.8)
+    schedule.live(rng.randint(30, 90), rng.choice((0.0, 0.0, 0.03)))
+
+
+def _seats(schedule: Schedule, names: list[str]) -> list[str]:
+    """All regions, or three; the primary's mostly with those that sit nowhere yet."""
+    if schedule.rng.random() < 0.4:
+        return names
+    if schedule.rng.random() < 0.6:
+        return sorted({schedule.latest, *names[-2:]})
+    return sorted(schedule.rng.sample(names, 3))
+
+
+def _go_on(schedule: Schedule) -> None:
+    """Another epoch on the primary's side: it restarts, is replaced, or its voters change once more."""
+    rng, world = schedule.rng, schedule.world
+    primary = world.regions[schedule.latest]
+    side = [region for region in world.regions.values() if world.reaches(region.name, primary.name)]
+    chance = rng.random()
+    if chance < 0.4:
+        primary.server.restart(world.fresh(), len(primary.server.history) - 1)
+        world.say(f"{primary.name} restarts")
+    elif chance < 0.7:
+        schedule.lead(rng.choice(side), side)
+    else:
+        schedule.seat(primary, sorted(region.name for region in side))
+
+
+def restored(schedule: Schedule) -> None:
+    """A laggard; then the primary is out of reach, a keeper loses its disk or gets an old copy, the laggard leads."""
+    rng, world = schedule.rng, schedule.world
+    names = [name for name in sorted(world.regions) if name != schedule.latest]
+    victim, *laggards = rng.sample(names, len(names) // 2 + 1)
+    schedule.live(rng.randint(10, 40))
+    schedule.part(set(laggards))
+    schedule.live(rng.randint(30, 100))
+    schedule.part({victim, *laggards})
+    schedule.live(rng.randint(0, 10))
+    schedule.lose_keeper_of(world.regions[victim], 0.9)
+    schedule.live(rng.randint(0, 10))
+    schedule.elect(laggard=rng.random() < 0.8)
+    schedule.live(rng.randint(30, 90), rng.choice((0.0, 0.0, 0.03)))
+
+
+def strays(schedule: Schedule) -> None:
+    """A primary that was replaced goes on, and a replica comes back to it, or goes to and fro."""
+    rng, world = schedule.rng, schedule.world
+    old = schedule.latest
+    names = sorted(world.regions)
+    schedule.live(rng.randint(10, 40))
+    side = rng.sample([name for name in names if name != old], len(names) // 2 + 1)
+    schedule.part(set(side))
+    schedule.elect()
+    schedule.live(rng.randint(20, 80))
+    world.cut.clear()
+    for _ in range(rng.randint(1, 3)):
+        schedule.stray_to(world.regions[rng.choice(side)], world.regions[rng.choice((old, old, schedule.latest))])
+        schedule.live(rng.randint(20, 60), rng.choice((0.0, 0.0, 0.03)))
+
+
+SKELETONS: dict[str, Callable[[Schedule], None]] = {"sides": sides, "restored": restored, "strays": strays}
+"""By flavour."""
