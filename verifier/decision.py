@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from .claims import Facts, check_claims
 from .errors import InvalidToken, RevokedToken
 from .jwk import HmacKey, KeySet, PublicKey
+from .limits import PUBLICATION_LAG_S
 from .revocations import Snapshot
 from .token import Header, Parsed, parse, read_payload
 
@@ -30,11 +31,11 @@ class UnknownKid(InvalidToken):
     """Nothing is wrong with the token but that no key has its ``kid``: the key set held may be too old to know it.
 
     Nothing of it is verified. ``iat`` (Unix seconds) tells how new a key set would have to be, and ``issuer`` and
-    ``kid`` whether the key was revoked.
+    ``kid`` whether the key was revoked. For want of an ``iat``, any set fetched from now on is new enough.
     """
 
-    def __init__(self, facts: Facts, kid: str) -> None:
-        self.iat = facts.iat
+    def __init__(self, facts: Facts, kid: str, now: float) -> None:
+        self.iat = now - PUBLICATION_LAG_S if facts.iat is None else facts.iat
         self.issuer = facts.issuer
         self.kid = kid
         super().__init__("kid_unknown", step=3)
@@ -120,7 +121,7 @@ def check_static(token: str, rules: Rules, keys: KeySet | None, now: float) -> V
     _check_header(header, rules, now)
     candidates = _keys_for(header, rules, keys)
     if not candidates and header.alg != "HS256":
-        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "")
+        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "", now)
     key = _check_signature(parsed, candidates)
     members = read_payload(parsed.payload)
     facts = check_claims(members, rules, now)

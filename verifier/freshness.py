@@ -34,7 +34,8 @@ class Heard(NamedTuple):
 class Staleness(NamedTuple):
     """``seconds`` since the mirror was known to be complete (None: never), and whether a majority vouched for that.
 
-    ``reason`` is None when fresh, else one of ``never_synced``, ``log_format_newer``, ``clock_skew``, ``hole``,
+    ``reason`` is None when fresh, else one of ``never_synced``, ``log_format_newer``, ``max_token_lifetime`` (this
+    verifier accepts tokens that live longer than the log keeps revocations), ``clock_skew``, ``hole``,
     ``epoch_closed``, ``unconfirmed``, ``stale``.
     """
 
@@ -53,6 +54,7 @@ class Freshness:
     """An immutable record, replaced as rounds of reading come in; :meth:`staleness` is computed when asked."""
 
     max_skew_s: float
+    max_token_lifetime_s: float = 0.0
     applied: Heard | None = None
     confirmed: Heard | None = None
     pending: Heard | None = None
@@ -60,6 +62,7 @@ class Freshness:
     synced: bool = False
     epoch_open: bool = False
     log_format_newer: bool = False
+    forgets_early: bool = False
     clock_skew: bool = False
     holed_nonce: str | None = None
 
@@ -70,6 +73,7 @@ class Freshness:
             self,
             epoch_open=epoch.open,
             log_format_newer=meta.min_reader_format > FORMAT,
+            forgets_early=meta.max_token_lifetime_s < self.max_token_lifetime_s,
             clock_skew=ahead,
         )
         if ahead or beat.nonce != epoch.nonce:
@@ -100,6 +104,7 @@ class Freshness:
         checks = (
             (not self.synced, "never_synced"),
             (self.log_format_newer, "log_format_newer"),
+            (self.forgets_early, "max_token_lifetime"),
             (self.confirmed is None and self.clock_skew, "clock_skew"),
             (self.confirmed is None and self.holed_nonce is not None, "hole"),
             (self.confirmed is None and not self.epoch_open, "epoch_closed"),

@@ -39,9 +39,9 @@ class KeysView:
     fetched_mono: float | None = None
     started_at: float | None = None
 
-    def knows_tokens_of(self, iat: float | None) -> bool:
+    def knows_tokens_of(self, iat: float) -> bool:
         """True if a key that signed at ``iat`` (Unix seconds) must be in this set, were it published at all."""
-        return iat is None or (self.started_at is not None and self.started_at > iat + PUBLICATION_LAG_S)
+        return self.started_at is not None and self.started_at > iat + PUBLICATION_LAG_S
 
 
 @dataclass(frozen=True, slots=True)

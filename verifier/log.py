@@ -172,6 +172,8 @@ class Entry:
             raise FormatError("kind_unknown", self.kind[:32])
         if len(self.value.encode()) > ENTRY_VALUE_BYTES_MAX or bool(self.value) == (self.kind == "all"):
             raise FormatError("value_invalid", f"a value has 1 to {ENTRY_VALUE_BYTES_MAX} bytes of UTF-8, for all none")
+        if len(self.issuer.encode()) > ENTRY_VALUE_BYTES_MAX:
+            raise FormatError("issuer_too_long", f"an issuer has at most {ENTRY_VALUE_BYTES_MAX} bytes")
         if len(self.reason.encode()) > ENTRY_REASON_BYTES_MAX:
             raise FormatError("reason_too_long", f"a reason has at most {ENTRY_REASON_BYTES_MAX} bytes")
         if (self.before is not None) != (self.kind in CUTOFF_KINDS):

@@ -62,7 +62,10 @@ class Reader:
         """The batch's entries with their positions; raises :class:`Reread` and keeps the position before the gap."""
         accepted: list[tuple[Position, Entry]] = []
         for stream_id, fields in batch:
-            number, seq = parse_stream_id(stream_id)
+            try:
+                number, seq = parse_stream_id(stream_id)
+            except FormatError:
+                raise Reread("stream_id") from None  # what was accepted before it in this batch must not be lost
             entry = self._decode(fields)
             position = Position(number, seq, self._nonce_at(number, seq, entry))
             self.position = position

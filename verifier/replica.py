@@ -69,7 +69,8 @@ class ReplicaMirror:
 
     After a lost connection it goes on from its position; on another node it reads the log again, because two nodes are
     two histories until shown otherwise. ``on_entries([(position, entry), …])`` is called from the mirror's thread.
-    ``max_skew_s`` and ``drop_grace_s`` are the design's bounds in seconds. Raises :class:`ConfigurationError`.
+    ``max_skew_s``, ``drop_grace_s`` and ``max_token_lifetime_s`` (the longest token that its verifier accepts) are the
+    design's bounds in seconds. Raises :class:`ConfigurationError`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ReplicaMirror:
         source_address: str | None = None,
         max_skew_s: float = 5.0,
         drop_grace_s: float = 300.0,
+        max_token_lifetime_s: float = 0.0,
         on_entries: Callable[[list[tuple[Position, Entry]]], None] | None = None,
     ) -> None:
         nodes = [urls] if isinstance(urls, str) else list(urls)
@@ -98,7 +100,7 @@ class ReplicaMirror:
         self._advanced = threading.Condition()
         self._thread: threading.Thread | None = None
         self._next_drop_mono = 0.0
-        self._view = View(self._mirror.snapshot, Freshness(max_skew_s))
+        self._view = View(self._mirror.snapshot, Freshness(max_skew_s, max_token_lifetime_s))
         self.counters: Counter[str] = Counter()
 
     # -- what others read -----------------------------------------------------------------------------------------
@@ -138,6 +140,8 @@ class ReplicaMirror:
 
     def start(self) -> None:
         """Start the thread; does nothing if it runs."""
+        if self._closing.is_set() and self._thread is not None:
+            self._thread.join()  # bounded by the socket's time-outs; two threads must never share a reader
         if self._thread is None or not self._thread.is_alive():
             self._closing.clear()
             self._thread = threading.Thread(target=self._run, name="verifier-replica", daemon=True)
@@ -146,9 +150,8 @@ class ReplicaMirror:
     def close(self) -> None:
         """Stop the thread and its connection; what was mirrored stays readable and goes on ageing."""
         self._closing.set()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(REDIS_TIMEOUT_S + TAIL_BLOCK_MS / 1000)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(REDIS_TIMEOUT_S + TAIL_BLOCK_MS / 1000)
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
@@ -195,6 +198,8 @@ class ReplicaMirror:
         while not self._closing.is_set():
             try:
                 reader = self._resume(client) or self._first_read(client, tolerant)
+                if reader is None:
+                    return
                 self._reader = reader
                 while not self._closing.is_set():
                     self._round(client, reader)
@@ -208,6 +213,7 @@ class ReplicaMirror:
                 self.counters["rereads"] += 1
                 self.counters[f"reread_{reread.reason}"] += 1
                 _log.warning("mirror reads the log again: %s", reread.reason)
+                self._publish(problem=f"log_{reread.reason}")
                 tolerant = reread.reason in ("hole", "fork")
 
     def _pause(self, fruitless: int) -> None:
@@ -224,7 +230,8 @@ class ReplicaMirror:
             reader.check(meta, epoch, last_id)
         return reader
 
-    def _first_read(self, client: redis.Redis, tolerant: bool) -> Reader:
+    def _first_read(self, client: redis.Redis, tolerant: bool) -> Reader | None:
+        """Read the whole log; None if that was broken off by closing, because half of it is no mirror."""
         self._update(connection="reading")
         _, epoch, meta, _ = self._read_state(client)
         reader = Reader(meta, epoch, tolerant, self._known_gaps)
@@ -233,7 +240,9 @@ class ReplicaMirror:
             reply: Any = client.xrange(LOG_KEY, min=cursor, count=READ_BATCH_ENTRIES)
             batch: list[Raw] = reply
             self._apply(reader, batch)
-            if len(batch) < READ_BATCH_ENTRIES or self._closing.is_set():
+            if self._closing.is_set():
+                return None
+            if len(batch) < READ_BATCH_ENTRIES:
                 break
             cursor = f"({batch[-1][0].decode()}"
         if reader.position is None:

@@ -226,6 +226,7 @@ class Verifier:
             source_address=source_address,
             max_skew_s=max_skew_s,
             drop_grace_s=drop_grace_s,
+            max_token_lifetime_s=max_token_lifetime_s,
         )
         self._begin()
         _verifiers.add(self)
@@ -376,7 +377,7 @@ class Verifier:
                 raise self._kid_unknown() from None
             if not self._client.view.knows_tokens_of(unknown.iat):
                 self._client.refresh(UNKNOWN_KID_WAIT_S)
-            return self._decide_again(token, max_staleness_s)
+            return self._decide_again(token, max_staleness_s, unknown.iat)
 
     async def averify(
         self, token: str, *, max_staleness_s: float | None = None, min_position: str | None = None
@@ -395,7 +396,7 @@ class Verifier:
                 raise self._kid_unknown() from None
             if not self._client.view.knows_tokens_of(unknown.iat):
                 await self._refresh_off_loop(self._client)
-            return self._decide_again(token, max_staleness_s)
+            return self._decide_again(token, max_staleness_s, unknown.iat)
 
     async def _refresh_off_loop(self, client: JwksClient) -> None:
         """Wait for newer keys together with whoever else on this loop does: forged kids must not use its threads up."""
@@ -457,17 +458,17 @@ class Verifier:
         keys = world.keys.keys
         return keys is not None and (key.kid is not None) and keys.get(key.kid) == key
 
-    def _decide_again(self, token: str, max_staleness_s: float | None) -> Claims:
+    def _decide_again(self, token: str, max_staleness_s: float | None, iat: float) -> Claims:
         """After a fetch: the kid is known, or unknown to a set that would have to know it, or undecidable."""
         assert self._client is not None
         keys = self._client.view  # the decision is made on this set or a newer one, and so is what its outcome means
         self._catch_up()
         try:
             return self._decide(token, max_staleness_s)
-        except UnknownKid as unknown:
+        except UnknownKid:
             if keys.keys is None or self._keys_too_old(keys):
                 raise Undecidable("keys_unavailable") from None
-            if keys.knows_tokens_of(unknown.iat):
+            if keys.knows_tokens_of(iat):
                 raise self._kid_unknown() from None
             raise Undecidable("keys_behind") from None
 

@@ -19,11 +19,11 @@ import pytest
 
 from tests.verifier import vectors
 from tests.verifier.http_server import JwksServer, drip, free_port, raw_server
-from tests.verifier.support import AUDIENCE, ISSUER, SECRET, code_of, live_token, until
+from tests.verifier.support import AUDIENCE, ISSUER, SECRET, code_of, live_token, members, sign_segments, until
 from verifier import InvalidToken, Undecidable, Verifier
 from verifier.jwks_client import JwksClient
 from verifier.limits import JWKS_BYTES_MAX
-from verifier.testing import SigningKey, StaticKeys
+from verifier.testing import SigningKey, StaticKeys, b64url
 
 
 @pytest.fixture
@@ -215,6 +215,19 @@ def test_an_unknown_kid_is_the_tokens_fault_only_after_a_fetch_that_began_late_e
         assert code_of(verifier, old_token(other_key)) == "kid_unknown"
         assert undecided(verifier, live_token(other_key)) == "keys_behind"
         assert len(server.requests) == 2  # for the first the set at hand was new enough
+
+
+def test_a_token_without_iat_and_with_an_unknown_kid_is_refused_only_after_a_fetch(
+    key: SigningKey, other_key: SigningKey, serve: Callable[..., JwksServer]
+) -> None:
+    server = serve(key)
+    header = b64url(json.dumps({"alg": "RS256", "kid": other_key.kid}).encode())
+    claims = members(iat=None, exp=int(time.time()) + 900)
+    token = sign_segments(other_key, header, b64url(json.dumps(claims).encode()))
+    with verifier_of(server.url, require_iat=False) as verifier:
+        assert verifier.wait_ready(10)
+        assert code_of(verifier, token) == "kid_unknown"
+        assert len(server.requests) == 2
 
 
 def test_an_unknown_kid_is_undecidable_while_the_fetch_fails(

@@ -249,3 +249,9 @@ def test_a_gap_that_has_grown_or_is_another_one_is_not_known(seqs: list[int]) ->
     first = reader(tolerant=True)
     first.accept([START, *run(1, [1, 3, 4])])
     assert reason_of(reader(known=frozenset(first.gaps)), [START, *run(1, seqs)]) == "hole"
+
+
+def test_nothing_is_passed_over_before_an_id_that_cannot_be_read() -> None:
+    read = reader()
+    read.accept([START])
+    assert reason_of(read, [raw("1-1"), (b"99999999999999999-0", {})]) == "stream_id"

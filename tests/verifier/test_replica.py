@@ -517,3 +517,44 @@ def test_expired_entries_are_dropped_by_the_beats_clock_and_the_local_one(
         primary.beat()
         until(lambda: not holds(mirror, "over"), "dropped")
         assert holds(mirror, "in-grace")
+
+
+def test_a_mirror_closed_in_its_first_read_is_not_synced_when_started_again(
+    server: Server, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.replica.READ_BATCH_ENTRIES", 10)
+    primary.append(*live("jti", [f"t-{n}" for n in range(300)]))
+    with mirroring(server, on_entries=lambda _: time.sleep(0.002)) as mirror:
+        until(lambda: mirror.counters["entries_read"] > 0, "reading")
+        mirror.close()
+        assert not mirror.view.freshness.synced
+        assert mirror.view.snapshot.entries < 300
+        mirror.start()
+        assert mirror.wait_synced(10)
+        assert holds(mirror, "t-299")
+
+
+def test_an_entry_beside_an_unreadable_id_is_applied_once_the_log_is_repaired(
+    server: Server, primary: Primary, client: redis.Redis
+) -> None:
+    with mirroring(server) as mirror:
+        reaches(mirror, primary.position)
+        with client.pipeline(transaction=True) as pipe:
+            pipe.xadd(LOG_KEY, live("jti", ["beside"])[0].encode(), id="1-1")  # type: ignore[arg-type]
+            pipe.xadd(LOG_KEY, {"v": "1"}, id="99999999999999999-0")
+            pipe.execute()
+        until(lambda: mirror.view.problem == "log_stream_id", "the problem is named")
+        client.xdel(LOG_KEY, "99999999999999999-0")
+        until(lambda: mirror.view.problem is None and holds(mirror, "beside"), "applied")
+
+
+def test_a_verifier_of_tokens_that_outlive_their_revocations_is_not_fresh_by_name(
+    server: Server, primary: Primary
+) -> None:
+    primary.beat()
+    with (
+        mirroring(server, max_token_lifetime_s=86_401) as longer,
+        mirroring(server, max_token_lifetime_s=86_400) as same,
+    ):
+        until(lambda: staleness(same).fresh, "fresh")
+        until(lambda: staleness(longer).reason == "max_token_lifetime", "named")
