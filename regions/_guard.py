@@ -7,7 +7,7 @@ the control socket and answers on it:
     {"op": "spawn", "id", "argv", "env", "cwd", "log"}  →  {"event": "spawned", "id", "pid"}
                                                         or {"event": "failed", "id", "error"}
     {"op": "signal", "id", "signal"}                       to the child's whole process group
-    {"op": "remove", "path"}                               this directory goes when everything ends
+    {"op": "remove", "path"}                               this file or directory goes when all end
                                                         →  {"event": "exited", "id", "code"}   when a child ended
 
 When the control socket closes, or the nursery's process is gone (a fork of it might hold the socket open), it ends
@@ -135,6 +135,8 @@ class Guard:
                 time.sleep(REAP_POLL_S)
         for path in self._to_remove:
             shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(path)  # a file
 
 
 def _wake_on_signals(*numbers: signal.Signals) -> socket.socket:

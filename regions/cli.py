@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -124,10 +125,11 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.COULD_NOT_RUN)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last one: it ends the process, by name
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the command line
             _fail("usage", error.format_message(), ExitCode.USAGE)
-        raise
+        traceback.print_exc()  # a mistake of ours: not exit code 1, which says that a promise is broken
+        _fail("internal", f"{type(error).__name__}: please report this", ExitCode.COULD_NOT_RUN)
     sys.exit(result if isinstance(result, int) else ExitCode.OK)
 
 

@@ -29,7 +29,7 @@ import msgspec
 from keyservice.clients import hash_secret
 from regions.cluster_file import ClientSecret, ClusterFile, DemoUser, RegionUrls
 from regions.embedded import Server, restart_server, runtime_directory, start_servers
-from regions.errors import ClusterRunning, NotReady, RegionsError
+from regions.errors import ClusterRunning, DirectoryRefused, NotReady, RegionsError
 from regions.link_control import LinkControl
 from regions.link_rules import Lag, LinkConfig, Listener
 from regions.nursery import Child, Nursery
@@ -44,6 +44,11 @@ ISSUER = "https://id.regions.test"
 AUDIENCE = "orders"
 READY_WITHIN_S = 30.0
 """A server, a key service or an order service that takes longer on this machine is not going to be ready."""
+
+LOCK = ".cluster.lock"
+"""Marks a directory as a cluster's; what else a cluster makes in one is `OWN`, and goes when the next one starts."""
+
+OWN = ("data", "logs", "run")
 
 LOCKED_WITHIN_S = 5.0
 """A guard ends its children within its grace of 3 s; a cluster that still runs after this is meant to run."""
@@ -115,7 +120,7 @@ def _locked(directory: Path) -> Iterator[int]:
     It lasts as long as anybody has that open, so a cluster that was killed is waited for while its guard cleans up.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as lock:
+    with (directory / LOCK).open("w") as lock:
         deadline = time.monotonic() + LOCKED_WITHIN_S
         while True:
             try:
@@ -149,6 +154,10 @@ class Cluster:
     def __enter__(self) -> Self:
         try:
             self._start()
+        except OSError as error:
+            self._exit.close()
+            where = error.filename or self._directory
+            raise DirectoryRefused(f"{where}: {error.strerror}; choose another directory with --var") from error
         except BaseException:
             self._exit.close()
             raise
@@ -174,8 +183,13 @@ class Cluster:
     # -- starting -------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        ours = (self._directory / LOCK).exists()
+        taken = [name for name in OWN if (self._directory / name).exists()]
+        if taken and not ours:
+            message = f"{self._directory} holds {taken[0]}, which no cluster made: choose another directory with --var"
+            raise DirectoryRefused(message)
         lock = self._exit.enter_context(_locked(self._directory))
-        for name in ("data", "logs", "run"):
+        for name in OWN:
             shutil.rmtree(self._directory / name, ignore_errors=True)
         for path in (self.file_path, self.login_path):
             path.unlink(missing_ok=True)
@@ -186,6 +200,7 @@ class Cluster:
         self._nursery.remove_at_end(self._run)
         for path in (self.file_path, self.login_path):
             self._exit.callback(path.unlink, missing_ok=True)
+            self._nursery.remove_at_end(path)
         made = Secrets.generate(self.topology)
         self._stage("link proxy", self._start_link)
         self._stage("servers, replicated over the links", lambda: self._start_servers(data))

@@ -10,6 +10,7 @@
     ├── LinkFailed           link_failed           4  the link proxy refused or did not answer
     ├── ClusterFileError     cluster_file_invalid  4  no running cluster, or its file cannot be read
     ├── ClusterRunning       cluster_running       4  another cluster runs in the same directory
+    ├── DirectoryRefused     directory_refused     4  a directory that is not a cluster's, or cannot be one
     └── NotReady             not_ready             4  a service of the cluster did not become ready in time
 
 `code` is stable and machine-readable; the message names the cause and what to do about it.
@@ -24,6 +25,7 @@ __all__ = [
     "AddressMissing",
     "ClusterFileError",
     "ClusterRunning",
+    "DirectoryRefused",
     "ExitCode",
     "LinkFailed",
     "NotReady",
@@ -100,6 +102,12 @@ class ClusterFileError(RegionsError):
     """No cluster file, or not one."""
 
     code = "cluster_file_invalid"
+
+
+class DirectoryRefused(RegionsError):
+    """The directory holds somebody else's data, or cannot be written."""
+
+    code = "directory_refused"
 
 
 class NotReady(RegionsError):

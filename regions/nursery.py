@@ -200,9 +200,9 @@ class Nursery:
             raise ServerStartFailed(f"{name} could not be started ({argv[0]}): {error}")
         return child
 
-    def remove_at_end(self, directory: Path) -> None:
-        """Remove `directory` and all in it after the last child has ended, however this process ends."""
-        self._send({"op": "remove", "path": str(directory.absolute())})
+    def remove_at_end(self, path: Path) -> None:
+        """Remove a file, or a directory and all in it, after the last child has ended, however this process ends."""
+        self._send({"op": "remove", "path": str(path.absolute())})
 
     def check(self) -> None:
         """Raise `ServerStartFailed` naming a child that ended though nobody asked it to, with the end of its log."""

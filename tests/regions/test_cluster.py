@@ -170,12 +170,16 @@ def test_kill_minus_9_of_the_parent_leaves_no_process_and_no_port(running: Runni
     os.kill(running.process.pid, signal.SIGKILL)
     running.process.wait()
     running.wait_until_gone(pids)
+    deadline = time.monotonic() + GONE_WITHIN_S
+    while list(running.var.glob("*.json")):  # passwords
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_cluster_starts_again_at_once_in_the_directory_of_one_that_was_killed(running: Running) -> None:
     os.kill(running.process.pid, signal.SIGKILL)
     running.process.wait()
-    (running.var / "cluster.json").unlink()
+    (running.var / "cluster.json").unlink(missing_ok=True)
     again = Running(running.var)
     again.process.terminate()
     assert again.process.wait(GONE_WITHIN_S) == 0
@@ -208,6 +212,23 @@ def test_unreadable_topology_is_one_line_and_exit_2(tmp_path: Path) -> None:
     bad.write_text("[[regions]]\nname = \n")
     assert_one_line(run("up", "--topology", str(bad), "--var", str(tmp_path)), "topology_invalid", 2)
     assert_one_line(run("up", "--topology", str(tmp_path / "none.toml")), "topology_invalid", 2)
+
+
+def test_directory_with_somebody_elses_data_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("precious")
+    assert_one_line(
+        run("up", "--topology", "one-region", "--auto-ports", "--var", str(tmp_path)), "directory_refused", 4
+    )
+    assert (tmp_path / "data" / "mine").read_text() == "precious"
+
+
+def test_directory_that_cannot_be_is_one_line_and_exit_4(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for var in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert_one_line(
+            run("up", "--topology", "one-region", "--auto-ports", "--var", str(var)), "directory_refused", 4
+        )
 
 
 def test_unknown_option_is_one_line_and_exit_2() -> None:
