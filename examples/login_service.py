@@ -119,14 +119,21 @@ class KeyService:
             self._token, self._renew_at = body["access_token"], time.time() + body["expires_in"] - TOKEN_MARGIN_S
         return {"Authorization": f"Bearer {self._token}"}
 
+    async def _call(self, method: str, path: str, body: dict[str, str] | None = None) -> httpx.Response:
+        """One call; again with a new token if this one was refused, for its key may have been revoked meanwhile."""
+        url = f"{self._settings.admin_url}{path}"
+        reply = await self._http.request(method, url, json=body, headers=await self._bearer())
+        if reply.status_code == 401:
+            self._renew_at = 0.0
+            reply = await self._http.request(method, url, json=body, headers=await self._bearer())
+        return reply
+
     async def create_session(self, sub: str) -> httpx.Response:
         body = {"sub": sub, "client_id": "web", "audience": self._settings.audience, "scope": "orders:read"}
-        return await self._http.post(
-            f"{self._settings.admin_url}/admin/sessions", json=body, headers=await self._bearer()
-        )
+        return await self._call("POST", "/admin/sessions", body)
 
     async def delete_session(self, sid: str) -> httpx.Response:
-        return await self._http.delete(f"{self._settings.admin_url}/admin/sessions/{sid}", headers=await self._bearer())
+        return await self._call("DELETE", f"/admin/sessions/{sid}")
 
 
 def problem(status: int, code: str, detail: str) -> JSONResponse:
@@ -135,6 +142,8 @@ def problem(status: int, code: str, detail: str) -> JSONResponse:
 
 
 def relay(reply: httpx.Response) -> JSONResponse:
+    if reply.status_code in (401, 403):  # ours, not the user's: this service may not do what it must
+        return problem(503, "keyservice_refused", "the key service refuses this service")
     return JSONResponse(reply.json(), reply.status_code, headers={"Cache-Control": "no-store"})
 
 
