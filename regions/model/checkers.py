@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from regions.model.world import MAX_SKEW_S, World
 
-__all__ = ["Violation", "check_always", "check_healed", "check_opened"]
+__all__ = ["Violation", "check_always", "check_healed", "check_opened", "is_healed"]
 
 BOUND_S = 5.0
 """`max_staleness_s` of every verifier in the model."""
@@ -63,3 +63,12 @@ def check_healed(world: World) -> None:
     pending = [entry.value for region in world.regions.values() for entry in region.pending if entry.value in stored]
     if pending:
         raise Violation("no progress", f"still pending after healing: {pending[:3]}")
+
+
+def is_healed(world: World) -> bool:
+    """Whether healing is complete; nothing can be missed any more then."""
+    try:
+        check_healed(world)
+    except Violation:
+        return False
+    return True

@@ -16,22 +16,19 @@ def sides(schedule: Schedule) -> None:
     rng, world = schedule.rng, schedule.world
     names = sorted(world.regions)
     laggard, *others = rng.sample([name for name in names if name != schedule.latest], len(names) - 1)
-    schedule.live(rng.randint(20, 50))
-    early = rng.random() < 0.5
-    if early:
-        schedule.part({laggard})
-    else:
-        schedule.part({laggard, *others[: rng.randint(0, 2)]})
+    side = {laggard, *others[: rng.randint(0, 2)]}
+    schedule.rounds(rng.randint(4, 8))
+    schedule.part(rng.choice(({laggard}, side)))
     schedule.seat(world.regions[schedule.latest], _seats(schedule, names))
-    schedule.live(rng.randint(20, 90))
-    if early:
-        schedule.part({laggard, *others[: rng.randint(0, 2)]})
-        schedule.live(rng.randint(0, 50))
-    if rng.random() < 0.5:
+    schedule.rounds(rng.randint(1, 6))
+    schedule.part(side)
+    schedule.rounds(rng.randint(0, 4))
+    if rng.random() < 0.6:
         _go_on(schedule)
-        schedule.live(rng.randint(10, 60))
+        schedule.rounds(rng.randint(1, 6))
     schedule.elect(laggard=rng.random() < 0.8)
-    schedule.live(rng.randint(30, 90), rng.choice((0.0, 0.0, 0.03)))
+    schedule.rounds(rng.randint(2, 8))
+    schedule.live(rng.randint(0, 40), rng.choice((0.0, 0.05)))
 
 
 def _seats(schedule: Schedule, names: list[str]) -> list[str]:
@@ -63,15 +60,16 @@ def restored(schedule: Schedule) -> None:
     rng, world = schedule.rng, schedule.world
     names = [name for name in sorted(world.regions) if name != schedule.latest]
     victim, *laggards = rng.sample(names, len(names) // 2 + 1)
-    schedule.live(rng.randint(10, 40))
+    schedule.rounds(rng.randint(2, 5))
     schedule.part(set(laggards))
-    schedule.live(rng.randint(30, 100))
+    schedule.rounds(rng.randint(3, 6))
+    schedule.live(rng.randint(0, 30))
     schedule.part({victim, *laggards})
-    schedule.live(rng.randint(0, 10))
     schedule.lose_keeper_of(world.regions[victim], 0.9)
-    schedule.live(rng.randint(0, 10))
+    schedule.live(rng.randint(0, 15))
     schedule.elect(laggard=rng.random() < 0.8)
-    schedule.live(rng.randint(30, 90), rng.choice((0.0, 0.0, 0.03)))
+    schedule.rounds(rng.randint(3, 6))
+    schedule.live(rng.randint(0, 40), rng.choice((0.0, 0.05)))
 
 
 def strays(schedule: Schedule) -> None:
@@ -79,15 +77,16 @@ def strays(schedule: Schedule) -> None:
     rng, world = schedule.rng, schedule.world
     old = schedule.latest
     names = sorted(world.regions)
-    schedule.live(rng.randint(10, 40))
+    schedule.rounds(rng.randint(2, 5))
     side = rng.sample([name for name in names if name != old], len(names) // 2 + 1)
     schedule.part(set(side))
     schedule.elect()
-    schedule.live(rng.randint(20, 80))
+    schedule.rounds(rng.randint(2, 6))
     world.cut.clear()
     for _ in range(rng.randint(1, 3)):
         schedule.stray_to(world.regions[rng.choice(side)], world.regions[rng.choice((old, old, schedule.latest))])
-        schedule.live(rng.randint(20, 60), rng.choice((0.0, 0.0, 0.03)))
+        schedule.rounds(rng.randint(1, 5))
+        schedule.live(rng.randint(0, 20), rng.choice((0.0, 0.05)))
 
 
 SKELETONS: dict[str, Callable[[Schedule], None]] = {"sides": sides, "restored": restored, "strays": strays}
