@@ -103,6 +103,11 @@ bench: install ## the benchmarks
 test: install ## set up, then the tests that need only Python (under 5 minutes)
 	@$(PY) -m pytest -n auto -m "not slow and not system" $(ARGS)
 
+.PHONY: test-readme
+test-readme: install ## the README's hands-on commands, as they stand (needs bash and curl)
+	@command -v curl >/dev/null || { echo "make test-readme needs curl: install it" >&2; exit 1; }
+	@$(PY) -m pytest tests/docs -m system $(ARGS)
+
 .PHONY: test-all
 test-all: install ## every test, also slow ones and those that need other programs
 	@$(PY) -m pytest -n auto $(ARGS)

@@ -63,6 +63,10 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert named <= targets
 
 
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    assert not re.search(r"^[A-Z_]{4,}$", README, re.MULTILINE)
+
+
 def test_every_file_linked_from_the_readme_exists() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     assert links
@@ -72,7 +76,7 @@ def test_every_file_linked_from_the_readme_exists() -> None:
 @pytest.mark.system
 def test_hands_on_commands_of_the_readme_work(tmp_path: Path) -> None:
     """Needs bash and curl. The commands as they stand, with the ports and the directory of a cluster of this test."""
-    assert shutil.which("curl"), "install curl"
+    assert shutil.which("curl"), "install curl, or run `make test`, which needs Python only"
     topology = load_topology("default")
     ports = pick_free_ports([region.address for region in topology.regions], SERVICES)
     (script,) = [block for block in SHELL if "--interface" in block]
