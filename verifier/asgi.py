@@ -7,7 +7,7 @@ optional path without a token; :func:`~verifier.current_claims` gives the same a
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
-from typing import Any, Final
+from typing import Any
 
 from .bearer import Challenge, bearer_token, challenge_for, claims_variable
 from .claims import Claims
@@ -22,7 +22,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_WEBSOCKET_POLICY_VIOLATION: Final = 1008
+_POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013  # RFC 6455 section 7.4.1, and the IANA registry of close codes
 
 
 class AuthMiddleware:
@@ -80,7 +80,8 @@ def _below(path: str, prefixes: Iterable[str]) -> bool:
 
 async def _refuse(scope: Scope, send: Send, challenge: Challenge) -> None:
     if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": _WEBSOCKET_POLICY_VIOLATION, "reason": challenge.error or ""})
+        code = _POLICY_VIOLATION if challenge.status < 500 else _TRY_AGAIN_LATER
+        await send({"type": "websocket.close", "code": code, "reason": challenge.error or challenge.code or ""})
         return
     body = challenge.body()
     headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any, Final
@@ -106,6 +107,16 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
+def check_source_address(address: str | None) -> str | None:
+    """An address of this machine to call from; raises :class:`ConfigurationError` if it is none at all."""
+    if address is not None:
+        try:
+            ip_address(address)
+        except ValueError:
+            raise invalid("source_address", "expected an IP address of this machine, such as 10.0.0.5") from None
+    return address
+
+
 def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tuple[str, ...]:
     """Check the list of sources; raises :class:`ConfigurationError`."""
     if isinstance(urls, str):
@@ -170,6 +181,7 @@ _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "hs256_until": float,
 }
 _NULLABLE: Final = ("issuer", "audience", "jwks_urls", "redis_url", "token_cache_ttl_s", "hs256_until", "region")
+_HOST_PORT: Final = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?\Z")
 _REQUIRED: Final = ("issuer", "audience", "jwks_urls", "redis_url")
 
 
@@ -184,7 +196,7 @@ def environment_settings(environ: Mapping[str, str] | None = None) -> dict[str, 
     if env.get("JWT_SECRET"):
         found["hs256_secrets"] = [env["JWT_SECRET"]]
     if env.get("REDIS_ADDR"):
-        if "/" in env["REDIS_ADDR"] or "@" in env["REDIS_ADDR"]:
+        if not _HOST_PORT.match(env["REDIS_ADDR"]):
             raise invalid("redis_url", "REDIS_ADDR is host:port; for a URL set VERIFIER_REDIS_URL")
         found["redis_url"] = [f"redis://{env['REDIS_ADDR']}"]
     for variable, setting in (("REDIS_USERNAME", "redis_username"), ("REDIS_PASSWORD", "redis_password")):

@@ -39,7 +39,16 @@ from .limits import UNKNOWN_KID_WAIT_S
 from .log import FormatError, Position
 from .replica import ReplicaMirror, View
 from .revocations import Snapshot
-from .settings import Secret, build_rules, check_jwks_urls, environment_settings, invalid, local_keys, seconds
+from .settings import (
+    Secret,
+    build_rules,
+    check_jwks_urls,
+    check_source_address,
+    environment_settings,
+    invalid,
+    local_keys,
+    seconds,
+)
 
 __all__ = ["Clock", "RevocationSource", "Status", "Verifier"]
 
@@ -210,6 +219,7 @@ class Verifier:
         self._changing = threading.Lock()
         initial = local_keys(jwks)
         urls = check_jwks_urls(jwks_urls, allow_insecure_http)
+        check_source_address(source_address)
         if not urls and initial is None and not self._rules.hs256_keys:
             message = "no source of keys: name jwks_urls, jwks or hs256_secrets"
             raise ConfigurationError("setting_missing", message, setting="jwks_urls")
