@@ -45,7 +45,7 @@ class Schedule:
         grows = self.flavour in ("growth", "sides")
         self.count = 5 if grows else self.rng.choice([3, 3, 3, 5] if self.flavour in SKELETONS else [1, 3, 3, 3, 3, 5])
         names = NAMES[: self.count]
-        voters = names[:3] if grows else names
+        self.voters = names[:3] if grows else names
         self.world = World(
             names,
             mutant.protocol(),
@@ -54,7 +54,7 @@ class Schedule:
             disk=mutant.disk,
             verifier=mutant.verifier,
             server=mutant.server,
-            voters=voters,
+            voters=self.voters,
         )
         self.mutant = mutant
         self.harshness = self.rng.choice([0.03, 0.08, 0.15])
@@ -259,13 +259,26 @@ class Schedule:
 
     def lose_keeper(self) -> None:
         """A keeper loses its disk, or is put back from a copy: another keeper from then on."""
-        if self.losses_left == 0:
+        if self.losses_left == 0 and not self.is_whole():
             return
         self.lose_keeper_of(self.somebody(), 0.7)
 
+    def is_whole(self) -> bool:
+        """Whether one more disk may be lost: all voters are there, merged, and hold everything acknowledged."""
+        epoch = self.world.regions[self.latest].server.data.epoch
+        if epoch is None or not epoch.open or len(self.world.protocol.voters(epoch)) < 3:
+            return False
+        key, disks = key_of(epoch), {r.keeper.disk.keeper_id: r.keeper.disk for r in self.world.regions.values()}
+        owed = {acknowledged.entry.digest() for acknowledged in self.world.acknowledged}
+        voters = [disks.get(keeper_id) for keeper_id in self.world.protocol.voters(epoch).values()]
+        return all(
+            disk is not None and disk.promise == key and disk.links[key].opened and owed <= disk.entries.keys()
+            for disk in voters
+        )
+
     def lose_keeper_of(self, region: Region, with_server: float) -> None:
         """With the probability `with_server` the host is gone, and its server's data too."""
-        self.losses_left -= 1
+        self.losses_left = 0
         self.mutant.lose(self.world, region)
         if self.rng.random() < with_server and region.server.upstream is not None:
             region.server.wipe(self.world.fresh())

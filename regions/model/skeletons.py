@@ -17,6 +17,9 @@ def sides(schedule: Schedule) -> None:
     names = sorted(world.regions)
     laggard, *others = rng.sample([name for name in names if name != schedule.latest], len(names) - 1)
     side = {laggard, *others[: rng.randint(0, 2)]}
+    if rng.random() < 0.5:  # the old voters but for the primary's
+        side = set(schedule.voters) - {schedule.latest}
+        laggard = rng.choice(sorted(side))
     schedule.rounds(rng.randint(4, 8))
     schedule.part(rng.choice(({laggard}, side)))
     schedule.seat(world.regions[schedule.latest], _seats(schedule, names))
@@ -89,5 +92,29 @@ def strays(schedule: Schedule) -> None:
         schedule.live(rng.randint(0, 20), rng.choice((0.0, 0.05)))
 
 
-SKELETONS: dict[str, Callable[[Schedule], None]] = {"sides": sides, "restored": restored, "strays": strays}
+def replaced(schedule: Schedule) -> None:
+    """One disk after the other is lost, and its keeper replaced; another server leads in between."""
+    rng, world = schedule.rng, schedule.world
+    for _ in range(3):
+        schedule.rounds(rng.randint(2, 5))
+        schedule.lose_keeper()
+        if rng.random() < 0.6:
+            schedule.split()
+            schedule.elect(laggard=rng.random() < 0.5)
+            schedule.rounds(rng.randint(0, 4))
+        schedule.seat(world.regions[schedule.latest], sorted(world.regions))
+        schedule.rounds(rng.randint(1, 4))
+        world.cut.clear()
+        for region in world.regions.values():
+            if region.name != schedule.latest and rng.random() < 0.8:
+                schedule.point(region, world.regions[schedule.latest])
+                schedule.learn(region)
+
+
+SKELETONS: dict[str, Callable[[Schedule], None]] = {
+    "sides": sides,
+    "restored": restored,
+    "strays": strays,
+    "replaced": replaced,
+}
 """By flavour."""
