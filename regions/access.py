@@ -77,7 +77,17 @@ class Caller:
         return expect("client credentials", reply, 200)
 
     async def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
-        """A request to this region's admin API, as the cluster's admin client."""
+        """A request to this region's admin API, as the cluster's admin client.
+
+        Made again with a new token if that was refused: its key may have been revoked meanwhile.
+        """
+        reply = await self._admin(method, path, body)
+        if reply.status_code == 401:
+            self._renew_at = 0.0
+            reply = await self._admin(method, path, body)
+        return reply
+
+    async def _admin(self, method: str, path: str, body: Any) -> httpx.Response:
         if time.time() >= self._renew_at:
             answer = await self._client_credentials("admin", {"scope": "keyservice:admin"})
             self._admin_token, self._renew_at = answer["access_token"], time.time() + answer["expires_in"] / 2

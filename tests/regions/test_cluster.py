@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -197,7 +198,16 @@ def test_ctrl_c_ends_everything_and_exits_cleanly(running: Running) -> None:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "regions", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+def test_demo_of_one_region_holds_every_line_and_says_so_to_a_program(tmp_path: Path) -> None:
+    result = run("demo", "--topology", "one-region", "--var", str(tmp_path / "var"), "--json")
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    checks = [line for line in lines if line["type"] == "check"]
+    assert [check["text"] for check in checks if not check["ok"]] == []
+    assert len(checks) >= 17
+    assert result.returncode == 0
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], code: str, exit_code: int) -> None:
