@@ -189,7 +189,7 @@ class Service:
                 self._sessions,
                 self.revoker,
                 settings.revocation_policy,
-                session_life_s=settings.session_ttl_s + settings.access_token_ttl_s,
+                session_life_s=settings.session_life_s,
                 clock=self._clock,
             ),
             admin_revocations.router(bearer, self.revoker),

@@ -270,7 +270,14 @@ class Settings(BaseSettings):
     @property
     def revocation_policy(self) -> RevocationPolicy:
         """What an entry is made with."""
-        return RevocationPolicy(self.issuer, self.region, self.max_token_lifetime_s, self.max_skew_s)
+        return RevocationPolicy(
+            self.issuer, self.region, self.max_token_lifetime_s, self.session_life_s, self.max_skew_s
+        )
+
+    @property
+    def session_life_s(self) -> int:
+        """The longest that a session and its last token can live."""
+        return self.session_ttl_s + self.access_token_ttl_s
 
     def read_kek(self) -> Kek:
         """The key-encryption key; raises :class:`SettingError`."""

@@ -1,7 +1,8 @@
 """What a revocation request means: from a caller's words to an entry of the trust log. Pure.
 
 * Nothing that verifies may be refused revocation. ``expires_at`` follows the token's ``exp``; where that is not known,
-  ``max(now, before) + max_token_lifetime_s``. A revoked ``kid`` never expires.
+  ``max(now, before) + max_token_lifetime_s``. What can hit a session (``sid`` and the cut-offs) lives at least as long
+  as a session and its last token can. A revoked ``kid`` never expires.
 * Of a token only its identifiers are kept: its ``jti``, or the SHA-256 of ``header.payload``. Its signature is not
   checked: whoever may revoke may revoke anything.
 * Cut-offs (``sub``, ``client``, ``all``) hit what was issued at or before ``before``, which reaches ``max_skew_s`` into
@@ -29,6 +30,9 @@ from verifier.token import parse, read_payload
 
 __all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "receipt", "sid_draft"]
 
+SESSION_KINDS: Final = CUTOFF_KINDS | {"sid"}
+"""Kinds that a session is checked against, as long as it lives."""
+
 _TIME_MAX: Final = 10**13
 """Unix seconds; anything later is a mistake, and is kept that long at most."""
 
@@ -47,11 +51,15 @@ class RevocationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
 
 @dataclass(frozen=True, slots=True)
 class RevocationPolicy:
-    """Times in seconds; ``issuer`` is assumed where the caller names none."""
+    """Times in seconds; ``issuer`` is assumed where the caller names none.
+
+    ``session_life_s`` is the longest that a session and its last token can live.
+    """
 
     issuer: str
     region: str
     max_token_lifetime_s: float
+    session_life_s: float
     max_skew_s: float
 
 
@@ -150,7 +158,7 @@ def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
     elif wanted.until is not None:
         expires_at = max(1, math.ceil(wanted.until))
     else:
-        expires_at = math.ceil(max(now, before or 0) + policy.max_token_lifetime_s)
+        expires_at = math.ceil(max(now, before or 0) + _life_s(wanted.kind, policy))
     entry = Entry(
         wanted.id, wanted.kind, wanted.issuer, wanted.value, before, expires_at, wanted.reason, 0, policy.region
     )
@@ -158,6 +166,13 @@ def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
         return entry.check()
     except FormatError as error:
         raise RequestRefused(error.code, str(error).partition(": ")[2]) from None
+
+
+def _life_s(kind: str, policy: RevocationPolicy) -> float:
+    """How long what an entry of this kind hits can live."""
+    if kind in SESSION_KINDS:
+        return max(policy.max_token_lifetime_s, policy.session_life_s)
+    return policy.max_token_lifetime_s
 
 
 class Stored(NamedTuple):

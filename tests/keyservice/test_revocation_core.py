@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from keyservice.errors import RequestRefused
 from verifier.log import Entry, Position
 from verifier.testing import make_key, sign
 
-POLICY = RevocationPolicy("https://id.test", "eu-west-1", max_token_lifetime_s=86_400, max_skew_s=5)
+POLICY = RevocationPolicy(
+    "https://id.test", "eu-west-1", max_token_lifetime_s=86_400, session_life_s=44_100, max_skew_s=5
+)
 KEY = make_key()
 NOW = 1_000_000.25
 
@@ -61,6 +64,15 @@ def test_cut_offs_reach_into_the_future_by_the_skew() -> None:
     for kind, value in (("sub", "ada"), ("client", "web"), ("all", None)):
         made = entry(kind=kind, value=value)
         assert (made.before, made.expires_at) == (1_000_006, 1_086_406)
+
+
+@pytest.mark.parametrize(("kind", "value"), [("sid", "s1"), ("sub", "ada"), ("client", "web"), ("all", None)])
+def test_what_can_hit_a_session_outlives_the_longest_session(kind: str, value: str | None) -> None:
+    policy = replace(POLICY, session_life_s=30 * 86_400)
+    made = entry_for(drafted(kind=kind, value=value), NOW, policy)
+    assert made.expires_at >= max(NOW, made.before or 0) + 30 * 86_400
+    token = entry_for(drafted(kind="jti", value="j"), NOW, policy)
+    assert token.expires_at == 1_086_401
 
 
 def test_a_cut_off_may_name_its_time() -> None:
