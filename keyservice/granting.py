@@ -2,7 +2,10 @@
 
 ``client_credentials`` needs nothing but memory. Sessions and refresh tokens live on the primary; before a refresh token
 is consumed, its session is checked against the revocations in memory, so a revoked session or subject gets nothing even
-where its record is still there.
+where its record is still there; that record is then deleted.
+
+One grant looks at one snapshot of the revocations. With two, a cut-off that arrives in between would be named in the
+claim ``after`` of a token that it was meant to hit.
 """
 
 from __future__ import annotations
@@ -11,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import structlog
+
 from verifier.revocations import Snapshot
 
 from .clients import Client
 from .core.sessions import RefreshToken, Session, narrowed_scope, new_sid
-from .errors import OAuthError, RequestRefused
+from .errors import OAuthError, RequestRefused, StoreError
 from .issuing import Grant, Issuer
 from .limits import AUDIENCES_MAX, SCOPE_CHARS_MAX
 from .sessions import SessionStore
@@ -23,6 +28,7 @@ from .telemetry import Metrics
 
 __all__ = ["Granted", "Granting"]
 
+_log = structlog.get_logger(__name__)
 _USED: Final = "the refresh token is unknown, expired, revoked or was used before"
 
 
@@ -82,7 +88,8 @@ class Granting:
         granted = narrowed_scope(" ".join(client.scopes), scope)
         if granted is None:
             raise OAuthError("invalid_scope", "the client may not have this scope")
-        grant = Grant(client.client_id, client.client_id, (chosen,), granted, self._after(None, client.client_id))
+        after = self._after(self._snapshot(), None, client.client_id)
+        grant = Grant(client.client_id, client.client_id, (chosen,), granted, after)
         return self._issue(grant, client, "client_credentials")
 
     async def start_session(self, client: Client, sub: str, audience: tuple[str, ...], scope: str | None) -> Granted:
@@ -101,11 +108,10 @@ class Granting:
             scope=granted,
             created_at=now,
             expires_at=now + self._session_ttl_s,
-            after=self._after(sub, client.client_id),
+            after=self._after(self._snapshot(), sub, client.client_id),
         )
-        issued = self._issue(
-            self._grant(session, granted), client, "session"
-        )  # first: a session without a token is no use
+        grant = _grant(session, granted, session.after)
+        issued = self._issue(grant, client, "session")  # first: a session without a token is no use
         token = RefreshToken.new(session.sid)
         await self._sessions.start(session, token)
         return Granted(issued.access_token, issued.expires_in, granted, session.sid, token)
@@ -114,21 +120,27 @@ class Granting:
         """RFC 6749 section 6, with rotation: the token is consumed and replaced in one step. Raises StoreError."""
         old = RefreshToken.parse(presented)
         session = await self._sessions.get(old.sid) if old is not None else None
-        if old is None or session is None or not self._alive(session, client):
+        if old is None or session is None or not self._is_current(session, client):
+            raise OAuthError("invalid_grant", _USED)
+        snapshot = self._snapshot()
+        if self._is_revoked(session, snapshot):
+            await self._end(session)
             raise OAuthError("invalid_grant", _USED)
         granted = narrowed_scope(session.scope, scope)
         if granted is None:
             raise OAuthError("invalid_scope", "more than the session was given")
-        issued = self._issue(self._grant(session, granted), client, "refresh_token")
+        after = self._after(snapshot, session.sub, session.client_id)
+        issued = self._issue(_grant(session, granted, after), client, "refresh_token")
         new = RefreshToken.new(session.sid)
         if not await self._sessions.replace_token(old, new):
             raise OAuthError("invalid_grant", _USED)
         return Granted(issued.access_token, issued.expires_in, granted, session.sid, new)
 
-    def _alive(self, session: Session, client: Client) -> bool:
-        if session.client_id != client.client_id or self._clock() >= session.expires_at:
-            return False
-        hit = self._snapshot().find(
+    def _is_current(self, session: Session, client: Client) -> bool:
+        return session.client_id == client.client_id and self._clock() < session.expires_at
+
+    def _is_revoked(self, session: Session, snapshot: Snapshot) -> bool:
+        hit = snapshot.find(
             issuer=self._issuer_name,
             sid=session.sid,
             sub=session.sub,
@@ -136,17 +148,24 @@ class Granting:
             iat=session.created_at,
             after=session.after,
         )
-        return hit is None
+        return hit is not None
 
-    def _grant(self, session: Session, scope: str) -> Grant:
-        after = self._after(session.sub, session.client_id)
-        return Grant(session.sub, session.client_id, session.audience, scope, after, session.sid)
+    async def _end(self, session: Session) -> None:
+        """Delete a revoked session, so that it stays ended whatever becomes of the revocation."""
+        try:
+            await self._sessions.end(session.sid)
+        except StoreError as error:
+            _log.warning("revoked session not deleted; it is refused all the same", code=error.code)
 
-    def _after(self, sub: str | None, client_id: str) -> tuple[str, ...]:
+    def _after(self, snapshot: Snapshot, sub: str | None, client_id: str) -> tuple[str, ...]:
         """The live cut-offs that this token comes after, so that they do not hit it."""
-        return self._snapshot().live_cutoffs(self._issuer_name, sub or client_id, client_id, self._clock())
+        return snapshot.live_cutoffs(self._issuer_name, sub or client_id, client_id, self._clock())
 
     def _issue(self, grant: Grant, client: Client, kind: str) -> Granted:
         token = self._issuer.issue(grant, client.token_alg)
         self._metrics.tokens.labels(kind, client.token_alg).inc()
         return Granted(token, self._issuer.ttl_s, grant.scope, grant.sid)
+
+
+def _grant(session: Session, scope: str, after: tuple[str, ...]) -> Grant:
+    return Grant(session.sub, session.client_id, session.audience, scope, after, session.sid)
