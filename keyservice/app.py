@@ -141,6 +141,7 @@ class Service:
             settings.revocation_policy,
             regions=settings.all_regions,
             clock=self._clock,
+            check_clock=self.beats.check_clock,
             enforce=self._enforce,
             count=self.metrics.count_append,
         )
@@ -274,9 +275,7 @@ class Service:
 
     def _may_sign(self) -> None:
         self._revocations()
-        if self.beats.clock_skewed:
-            skew_s = self.beats.skew_s
-            raise SigningUnavailable("clock_skew", f"this machine's clock is {skew_s:+.1f} s from the primary's")
+        self.beats.check_clock()
 
     def _kid_revoked(self, kid: str) -> bool:
         return self.mirror.snapshot.find(issuer=self.settings.issuer, kid=kid) is not None

@@ -10,6 +10,7 @@
     │   └── WaitingForBootstrap   there is no trust log yet, and another region is to start it
     ├── EnvelopeError         a wrapped private key cannot be opened
     ├── SigningUnavailable    no token can be signed now, by name
+    ├── ClockSkewed           this machine's clock is off: nothing that needs the time is done
     ├── RequestRefused        the request's fault: an HTTP 4xx
     └── OAuthError            the same on /oauth2/*, with a code of RFC 6749
 
@@ -24,6 +25,7 @@ from typing import Final
 __all__ = [
     "EXIT_CANNOT_RUN",
     "EXIT_USAGE",
+    "ClockSkewed",
     "EnvelopeError",
     "KeyserviceError",
     "OAuthError",
@@ -104,6 +106,13 @@ class EnvelopeError(KeyserviceError):
 
 class SigningUnavailable(KeyserviceError):
     """No token can be signed now: HTTP 503."""
+
+
+class ClockSkewed(KeyserviceError):
+    """This machine's clock differs from the primary's by more than ``max_skew_s``: HTTP 503."""
+
+    def __init__(self, skew_s: float) -> None:
+        super().__init__("clock_skew", f"this machine's clock is {skew_s:+.1f} s from the primary's")
 
 
 class RequestRefused(KeyserviceError):

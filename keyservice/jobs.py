@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 
 from verifier.log import EPOCH_KEY, Generation
 
-from .errors import StoreError
+from .errors import ClockSkewed, StoreError
 from .keyring import Keyring
 from .limits import BEAT_TIMEOUT_S, SKEW_PROBE_S
 from .rotator import Rotator
@@ -73,8 +73,13 @@ class Beats:
 
     @property
     def clock_skewed(self) -> bool:
-        """Whether the clocks differ by more than ``max_skew_s``: then neither beat nor sign."""
+        """Whether the clocks differ by more than ``max_skew_s``: then neither beat, sign nor revoke."""
         return self.skew_s is not None and abs(self.skew_s) > self._max_skew_s
+
+    def check_clock(self) -> None:
+        """Raise :class:`ClockSkewed` while the clocks are known to differ by more than ``max_skew_s``."""
+        if self.skew_s is not None and self.clock_skewed:
+            raise ClockSkewed(self.skew_s)
 
     def pause_s(self) -> float:
         """Seconds from one round to the next."""

@@ -3,6 +3,8 @@
 An id that is already in the log is not appended again: the same request gets the stored entry, another one a conflict.
 Two requests with one id at the same time are one after the other. What is known of ids is in memory, from the mirror
 and from own appends.
+
+The times in an entry are this machine's: while its clock is known to be off, nothing is appended.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ Outcome = Stored | KeyserviceError
 
 
 class Revoker:
-    """Appends revocations. ``enforce(entries)`` puts appended ones in force in this process."""
+    """Appends revocations. ``enforce(entries)`` puts appended ones in force in this process.
+
+    ``check_clock()`` raises :class:`ClockSkewed` while the clock is off.
+    """
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class Revoker:
         *,
         regions: Sequence[str],
         clock: Callable[[], float],
+        check_clock: Callable[[], None],
         enforce: Callable[[list[Entry]], None],
         count: Callable[[str, int], None],
     ) -> None:
@@ -53,17 +59,19 @@ class Revoker:
         self._policy = policy
         self._regions = regions
         self._clock = clock
+        self._check_clock = check_clock
         self._enforce = enforce
         self._count = count
         self._under_way: dict[str, asyncio.Event] = {}
 
     def draft(self, request: RevocationRequest) -> Draft:
-        """Check one request; raises :class:`RequestRefused`."""
+        """Check one request; raises :class:`RequestRefused`, :class:`ClockSkewed`."""
+        self._check_clock()
         now = self._clock()
         return draft(request, uuid7(now), now, self._policy)
 
     async def revoke(self, wanted: Draft) -> Stored:
-        """One revocation; raises :class:`StoreError` or :class:`RequestRefused`."""
+        """One revocation; raises :class:`StoreError`, :class:`RequestRefused`, :class:`ClockSkewed`."""
         (outcome,) = await self.revoke_all([wanted])
         if isinstance(outcome, KeyserviceError):
             raise outcome
@@ -72,7 +80,7 @@ class Revoker:
     async def revoke_all(self, drafts: Sequence[Draft]) -> list[Outcome]:
         """Many revocations, each with its own outcome, in the order given.
 
-        Ids are claimed in their order, so that two requests never wait for each other.
+        Ids are claimed in their order, so that two requests never wait for each other. Raises :class:`ClockSkewed`.
         """
         outcomes: dict[int, Outcome] = {}
         claimed: dict[int, Draft] = {}
@@ -106,6 +114,7 @@ class Revoker:
     async def _append(self, claimed: dict[int, Draft]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         entries: dict[int, Entry] = {}
+        self._check_clock()
         now = self._clock()
         for place, wanted in claimed.items():
             try:

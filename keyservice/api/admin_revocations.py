@@ -14,7 +14,7 @@ from keyservice.limits import BULK_BODY_BYTES_MAX, BULK_REVOCATIONS_MAX, LIST_PA
 from keyservice.revoking import Outcome, Revoker
 
 from .body import read_json
-from .problems import json_response, problem_of
+from .problems import json_response, problem, problem_of
 
 __all__ = ["router"]
 
@@ -70,17 +70,21 @@ def _result(index: int, outcome: Outcome, revoker: Revoker) -> dict[str, Any]:
     return {"index": index, **revoker.receipt(outcome)}
 
 
-async def _revoke_many(revoker: Revoker, requests: list[RevocationRequest]) -> list[dict[str, Any]]:
-    """A result per item; raises the first outage if nothing at all was stored."""
+async def _revoke_many(revoker: Revoker, requests: list[RevocationRequest]) -> Response:
+    """A result per item. If nothing at all was stored: raises the first outage, or else says that all is refused."""
     drafts = [_draft(revoker, request) for request in requests]
     sound = [draft for draft in drafts if isinstance(draft, Draft)]
     outcomes = await revoker.revoke_all(sound)
     outages = [error for error in outcomes if isinstance(error, KeyserviceError) and problem_of(error)[0] == 503]
-    if outages and len(outages) == len(outcomes):
+    stored = any(isinstance(outcome, Stored) for outcome in outcomes)
+    if outages and not stored:
         raise outages[0]
     following = iter(outcomes)
     merged: list[Outcome] = [next(following) if isinstance(draft, Draft) else draft for draft in drafts]
-    return [_result(index, outcome, revoker) for index, outcome in enumerate(merged)]
+    results = [_result(index, outcome, revoker) for index, outcome in enumerate(merged)]
+    if not stored:
+        return problem(422, "revocations_refused", "none of the revocations can be stored", results=results)
+    return json_response({"results": results}, 202)
 
 
 def _page(request: Request) -> tuple[int, tuple[int, int] | None]:
@@ -108,7 +112,7 @@ def router(bearer: AdminBearer, revoker: Revoker) -> APIRouter:
         key = request.headers.get("idempotency-key")
         if body.revocations is not None:
             _check_bulk(body, key, body.revocations)
-            return json_response({"results": await _revoke_many(revoker, body.revocations)}, 202)
+            return await _revoke_many(revoker, body.revocations)
         stored = await revoker.revoke(revoker.draft(_single(body, key)))
         return json_response(revoker.receipt(stored), 202)
 

@@ -31,14 +31,15 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
     return Response(msgspec.json.encode(content), status, merged, media_type="application/json")
 
 
-def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """An RFC 9457 problem document."""
+def problem(status: int, code: str, detail: str, headers: dict[str, str] | None = None, **members: Any) -> Response:
+    """An RFC 9457 problem document; ``members`` are its extension members."""
     document = {
         "type": f"urn:multiregion-jwks:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "code": code,
         "detail": detail,
+        **members,
     }
     merged = {"Cache-Control": "no-store", **(headers or {})}
     if status == 503:

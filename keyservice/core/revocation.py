@@ -95,7 +95,7 @@ def draft(request: RevocationRequest, entry_id: str, now: float, policy: Revocat
         raise RequestRefused("before_invalid", f"before belongs to {', '.join(sorted(CUTOFF_KINDS))} only")
     if request.before is not None and not 0 <= request.before <= _cut_at(now, policy):
         raise RequestRefused("before_invalid", "before is a time in Unix seconds that is not in the future")
-    issuer = policy.issuer if request.issuer is None else request.issuer
+    issuer = _bounded_issuer(policy.issuer if request.issuer is None else request.issuer)
     value = _value(request.kind, request.value)
     return Draft(chosen, request.kind, issuer, value, request.before, request.reason)
 
@@ -103,6 +103,12 @@ def draft(request: RevocationRequest, entry_id: str, now: float, policy: Revocat
 def _cut_at(now: float, policy: RevocationPolicy) -> int:
     """The ``before`` of a cut-off made ``now``, and the latest that a caller may choose."""
     return math.ceil(now + policy.max_skew_s)
+
+
+def _bounded_issuer(issuer: str) -> str:
+    if len(issuer.encode()) > ENTRY_VALUE_BYTES_MAX:
+        raise RequestRefused("issuer_too_long", f"an issuer has at most {ENTRY_VALUE_BYTES_MAX} bytes of UTF-8")
+    return issuer
 
 
 def _value(kind: str, value: str | None) -> str:
@@ -128,7 +134,7 @@ def _token_draft(token: str, entry_id: str, reason: str) -> Draft:
     if not isinstance(issuer, str):
         raise RequestRefused("token_malformed", "not a token: claim iss is not a string")
     kind, value = _identifier(members.get("jti"), parsed.signing_input)
-    return Draft(entry_id, kind, issuer, value, None, reason, _until(members.get("exp")))
+    return Draft(entry_id, kind, _bounded_issuer(issuer), value, None, reason, _until(members.get("exp")))
 
 
 def _identifier(jti: Any, signing_input: bytes) -> tuple[str, str]:

@@ -204,6 +204,21 @@ async def test_many_revocations_have_a_result_each(running: Running) -> None:
     assert running.service.mirror.snapshot.find(issuer=ISSUER, jti="j1499") is not None
 
 
+async def test_a_bulk_of_which_nothing_is_accepted_is_refused_with_its_results(
+    running: Running, server: Server
+) -> None:
+    await revoke(running, {"kind": "jti", "value": "j", "id": "one"})
+    items = [{"kind": "epoch", "value": "x"}, {"kind": "jti", "value": "other", "id": "one"}]
+    answer = await revoke(running, {"revocations": items})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    assert answer.json()["code"] == "revocations_refused"
+    assert [(r["index"], r["code"]) for r in answer.json()["results"]] == [(0, "kind_unknown"), (1, "id_conflict")]
+    with server.client() as client:
+        assert client.xlen("{trust}:log") == 2
+    answer = await revoke(running, {"revocations": [*items, {"kind": "jti", "value": "j", "id": "one"}]})
+    assert answer.status_code == 202
+
+
 @pytest.mark.parametrize(("count", "status"), [(0, 422), (1, 202), (BULK_REVOCATIONS_MAX + 1, 422)])
 async def test_a_bulk_has_a_bounded_size(running: Running, count: int, status: int) -> None:
     items = [{"kind": "jti", "value": f"j{n}"} for n in range(count)]
@@ -324,6 +339,32 @@ async def test_a_clock_that_is_off_stops_signing_and_says_so(
     offset_s = 0.0
     await running.until(lambda: running.service.beats.problem is None)
     assert await running.token("orders")
+
+
+async def test_a_clock_that_is_off_dates_no_revocation(
+    server: Server, make_settings: Callable[..., Settings], start_service: Any
+) -> None:
+    offset_s = 0.0
+    running = await start_service(make_settings(server.url), clock=lambda: time.time() + offset_s)
+    await running.until(lambda: running.service.beats.problem is None)
+    headers = await running.bearer()
+    offset_s = -2.0
+    await running.until(lambda: running.service.beats.problem == "clock_skew")
+    items = [{"kind": "sub", "value": "a"}, {"kind": "no such"}]
+    answers = [
+        await running.admin.post("/admin/revocations", json=items[0], headers=headers),
+        await running.admin.post("/admin/revocations", json={"revocations": items}, headers=headers),
+        await running.admin.delete("/admin/sessions/some-session", headers=headers),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["code"]) == (503, "clock_skew")
+        assert answer.headers["retry-after"] == "1"
+    with server.client() as client:
+        assert client.xlen("{trust}:log") == 1
+    offset_s = 0.0
+    await running.until(lambda: running.service.beats.problem is None)
+    answer = await running.admin.post("/admin/revocations", json=items[0], headers=headers)
+    assert answer.status_code == 202
 
 
 async def test_while_revocations_are_unknown_nothing_is_signed_and_no_bearer_accepted(

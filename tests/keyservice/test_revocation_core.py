@@ -112,6 +112,20 @@ def test_what_makes_no_sense_is_refused_by_name(fields: dict[str, Any], code: st
     assert refused.value.code == code
 
 
+@pytest.mark.parametrize("issuer", ["x" * 256, "ß" * 128])
+def test_an_issuer_is_bounded_in_bytes_before_anything_is_written(issuer: str) -> None:
+    token = {"token": sign(KEY, {"iss": issuer, "jti": "j", "exp": 1_000_900})}
+    named = {"kind": "jti", "value": "j", "issuer": issuer}
+    for fields in (token, named):
+        assert entry(**fields).issuer == issuer
+    token = {"token": sign(KEY, {"iss": issuer + "x", "jti": "j", "exp": 1_000_900})}
+    named = {"kind": "jti", "value": "j", "issuer": issuer + "x"}
+    for fields in (token, named):
+        with pytest.raises(RequestRefused) as refused:
+            drafted(**fields)
+        assert refused.value.code == "issuer_too_long"
+
+
 @pytest.mark.parametrize("fields", [{"value": "x" * 256}, {"reason": "x" * 256}, {"id": "x" * 64}])
 def test_at_the_limits_all_is_well(fields: dict[str, Any]) -> None:
     entry(**{"kind": "jti", "value": "x", **fields})
