@@ -19,9 +19,13 @@ from keyservice.core.keepers import (
 from regions.model.server import Server
 from regions.model.world import Region, SimVerifier, World
 from verifier.freshness import Freshness
-from verifier.log import Entry, Epoch, EpochLink, Position
+from verifier.log import Beat, Entry, Epoch, EpochLink, Position
 
-__all__ = ["HEALTHY", "MUTANTS", "Mutant"]
+__all__ = ["HEALTHY", "KEPT_SEEDS", "MUTANTS", "Mutant", "by_name"]
+
+LOST = "acknowledged and lost"
+FOOLED = "fresh and fooled"
+STUCK = "no progress"
 
 
 def lose_disk(world: World, region: Region) -> None:
@@ -36,10 +40,11 @@ def lose_disk(world: World, region: Region) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A system with one rule less; the defaults are the system as it is."""
+    """A system with one rule less; the defaults are the system as it is. `breaks` is the promise that falls first."""
 
     name: str
     rule: str
+    breaks: str = LOST
     protocol: type[Protocol] = Protocol
     keeper: type[Keeper] = Keeper
     disk: type[Disk] = Disk
@@ -176,11 +181,33 @@ class BreaksPromises(Keeper):
         super().merged(add, beat_n)
 
 
+class ConfirmsEarlierBeats(Keeper):
+    """Confirms whatever beat it sees, also one from before it merged."""
+
+    def merged(self, add: Add, beat_n: int) -> None:
+        super().merged(add, -1)
+
+
+class ConfirmsClosed(Keeper):
+    """Confirms beats of a closed epoch, which then count at once when it opens."""
+
+    def confirms(self, beat: Beat, view: LogView) -> bool:
+        return super().confirms(beat, replace(view, epoch=replace(view.epoch, open=True)))
+
+
+class CountsClosed(Protocol):
+    """Lets beats of a closed epoch count."""
+
+    def confirmed(self, epoch: Epoch, reports: Iterable[Report]) -> Report | None:
+        return super().confirmed(replace(epoch, open=True), reports)
+
+
 MUTANTS = (
-    Mutant("zombie-stays-fresh", "a beat counts once a majority confirmed it", verifier=CountsAnyBeat),
+    Mutant("zombie-stays-fresh", "a beat counts once a majority confirmed it", FOOLED, verifier=CountsAnyBeat),
     Mutant(
         "one-number-two-histories",
         "an epoch is a number and a nonce",
+        FOOLED,
         verifier=NumberIsIdentity,
         server=SameNumbers,
     ),
@@ -188,13 +215,40 @@ MUTANTS = (
     Mutant("restart-from-old-state", "another replication id needs another epoch", server=TrustsItsDisk),
     Mutant("acknowledged-over-epochs", "evidence counts within one nonce", protocol=CountsOverEpochs),
     Mutant("opened-without-merge", "an epoch opens when majorities have merged", protocol=OpensAtOnce),
-    Mutant("minority-bump-stalls", "a keeper bumps above its promise", keeper=WaitsForOthers),
+    Mutant("minority-bump-stalls", "a keeper bumps above its promise", STUCK, keeper=WaitsForOthers),
     Mutant("acknowledged-while-closed", "nothing is acknowledged in a closed epoch", protocol=AcknowledgesClosed),
     Mutant("voters-of-unopened-epoch", "old voters are those since an epoch that opened", protocol=AsksThePredecessor),
     Mutant("laggard-brings-old-voters", "keepers hold the chain of epochs", keeper=NamesNoEpochs),
     Mutant("restored-under-old-id", "a restored keeper is a new one", lose=keep_id),
     Mutant("held-without-inherited", "held means from the first entry", keeper=SkipsInherited),
     Mutant("one-entry-an-id", "a union keeps two entries under one id", disk=OneEntryAnId),
+    Mutant(
+        "earlier-beats-confirmed", "a keeper confirms beats from after its merge", FOOLED, keeper=ConfirmsEarlierBeats
+    ),
+    Mutant("closed-beats-confirmed", "no beat of a closed epoch counts", FOOLED, CountsClosed, keeper=ConfirmsClosed),
     Mutant("promise-broken", "a keeper reports nothing older than its promise", keeper=BreaksPromises),
 )
-"""By name: each must be found by some seed."""
+"""Each must be found by its kept seed."""
+
+KEPT_SEEDS = {
+    "zombie-stays-fresh": 13,
+    "one-number-two-histories": 20,
+    "laggard-promoted": 16,
+    "restart-from-old-state": 23,
+    "acknowledged-over-epochs": 16,
+    "opened-without-merge": 7,
+    "minority-bump-stalls": 39,
+    "acknowledged-while-closed": 76,
+    "voters-of-unopened-epoch": 76,
+    "laggard-brings-old-voters": 276,
+    "restored-under-old-id": 41,
+    "held-without-inherited": 573,
+    "one-entry-an-id": 179,
+    "promise-broken": 103,
+}
+"""Seeds at which the mutant of that name breaks its promise. They belong to the schedules as they are drawn now."""
+
+
+def by_name(name: str) -> Mutant | None:
+    """The mutant of that name, or the healthy system."""
+    return next((mutant for mutant in (HEALTHY, *MUTANTS) if mutant.name == name), None)

@@ -29,6 +29,7 @@ class Outcome:
     """What a schedule came to: `violation` is None if everything held."""
 
     seed: int
+    flavour: str
     regions: int
     acknowledged: int
     epochs: int
@@ -349,4 +350,5 @@ def run_schedule(seed: int, mutant: Mutant = HEALTHY, *, trace: bool = False) ->
         violation = found
         world.say(str(found))
     epochs = max(len(r.server.data.epoch.chain) if r.server.data.epoch else 0 for r in world.regions.values())
-    return Outcome(seed, schedule.count, len(world.acknowledged), epochs, violation, tuple(world.trace or ()))
+    lines = tuple(world.trace or ())
+    return Outcome(seed, schedule.flavour, schedule.count, len(world.acknowledged), epochs, violation, lines)

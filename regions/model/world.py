@@ -204,7 +204,7 @@ class World:
         server.follow(newest if fully else self.rng.randint(min(oldest, newest), newest))
 
     def write(self, region: Region) -> None:
-        """Somebody revokes a token here: the intent is stored, then appended."""
+        """Somebody revokes a token here: the intent is stored, then appended, unless the writer dies in between."""
         if not region.keeper_up:
             return
         value = f"e{self.fresh()}"
@@ -213,7 +213,8 @@ class World:
         entry = StoredEntry(name, "jti", ISSUER, value, None, 4_000_000_000, "", self.now_ms, region.name)
         region.keeper.disk.store([entry], [])
         region.pending.append(entry)
-        self.append(region, entry)
+        if self.rng.random() < 0.95:
+            self.append(region, entry)
 
     def append(self, region: Region, entry: Entry) -> None:
         """Try to append, with the reactions of a writer to each refusal."""
