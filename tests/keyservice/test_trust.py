@@ -316,6 +316,22 @@ async def test_a_record_only_moves_forward(trust: TrustLog, node: Node, change: 
     assert (view.records[KEY.kid], view.generation.n) == (record("active", 5), 1)
 
 
+async def test_what_held_a_writer_up_does_not_shorten_the_waits_that_it_starts(trust: TrustLog, node: Node) -> None:
+    decided_at = int(time.time()) - 3600
+    late = msgspec.structs.replace(record("published"), published_at=decided_at)
+    await trust.put_keys([(-1, late)])
+    published = (await read_keys(node, "eu")).records[KEY.kid]
+    assert published.published_at is not None
+    assert published.published_at * 1000 >= await trust.server_ms() - 60_000
+    assert msgspec.structs.replace(published, published_at=decided_at) == late
+    late = msgspec.structs.replace(published, state="retiring", rev=1, retiring_at=decided_at)
+    await trust.put_keys([(0, late)])
+    retiring = (await read_keys(node, "eu")).records[KEY.kid]
+    assert retiring.retiring_at is not None
+    assert retiring.retiring_at >= published.published_at
+    assert msgspec.structs.replace(retiring, retiring_at=decided_at) == late
+
+
 async def test_records_are_written_all_or_none(trust: TrustLog, server: Server) -> None:
     other = make_key()
     second = prepare(other.kid, "eu", "RS256", dict(other.jwk), 1.0)
