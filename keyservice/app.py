@@ -332,6 +332,7 @@ class Service:
             "primary_unreachable": self.beats.problem in ("primary_unreachable", "outcome_unknown", "timeout"),
             "replica_unreachable": self._poll.problem is not None,
             "private_key_missing": bool(self.ring.missing_private),
+            "key_set_not_taken": self.ring.refused is not None,
             self.rotator.problem or "": self.rotator.problem is not None,
         }
         return tuple(name for name, holds in found.items() if holds)

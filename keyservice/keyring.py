@@ -1,8 +1,8 @@
 """The keys in memory: the JWKS document of all regions, and this region's private keys ready to sign.
 
 Both are made from one reading of the region's own replica, so an instance never signs with a key that its own JWKS
-does not show. A document is checked before it takes the place of the one before, and records are merged, not replaced:
-a replica that comes back empty takes no key away.
+does not show: records, private keys and document are taken over together, or, if the document is none that a verifier
+would take whole, not at all. Records are merged, not replaced: a replica that comes back empty takes no key away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from verifier.jwk import JwksError, KeySet, thumbprint
 from verifier.log import Generation
 
 from .core import rotation
-from .core.rotation import PUBLISHED_STATES, KeyRecord
+from .core.rotation import PUBLISHED_STATES, SIGNING_STATES, KeyRecord
 from .envelope import Kek, unwrap, wrap
 from .errors import EnvelopeError, SigningUnavailable
 from .issuing import SigningKey
@@ -106,7 +106,10 @@ def reopen(envelope: bytes | str, kek: Kek, region: str, kid: str) -> NewKey:
 
 
 def _signing_key(envelope: bytes, kek: Kek, region: str, kid: str) -> SigningKey:
-    pem = _load(envelope, kek, region, kid).private_bytes(
+    private = _load(envelope, kek, region, kid)
+    if _public_jwk(private)["kid"] != kid:
+        raise EnvelopeError("envelope_invalid", f"key {kid} is stored under another name")
+    pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     return SigningKey(kid, pem)
@@ -121,43 +124,68 @@ class Keyring:
         self._is_revoked = is_revoked
         self._executor = executor
         self._private: dict[str, SigningKey] = {}
+        self._tried: dict[str, tuple[bytes, SigningKey | str]] = {}
+        self._over: frozenset[str] = frozenset()
         self.records: dict[str, KeyRecord] = {}
         self.document: Document | None = None
         self.problem: str | None = None
         """Why a private key could not be opened (``kek_mismatch``, ``envelope_invalid``), or None."""
+        self.refused: str | None = None
+        """Why the last reading was not taken over, or None."""
 
     async def take(self, view: KeysView) -> None:
-        """Take over a reading of the replica."""
+        """Take over a reading of the replica, whole or not at all."""
         records = rotation.merge(self.records, view.records.values())
-        await self._open_private(records, view.private)
-        self.records = records
+        opened = await self._open(records, view.private)
         held = self.document.generation if self.document is not None else view.generation
         try:
             document = make_document(records, max(held, view.generation))
         except JwksError as error:
-            _log.error("key set not published", reason=error.reason)
+            if error.reason != self.refused:
+                _log.error("key set not taken over", reason=error.reason)
+            self.refused = error.reason
+            self._over = frozenset(kid for kid, record in records.items() if record.state not in SIGNING_STATES)
             return
-        self.document = document or self.document
+        before = {kid: key for kid, key in self._private.items() if kid in records and self._is_mine(records[kid])}
+        self._private = before | {kid: key for kid, key in opened.items() if not isinstance(key, str)}
+        self.problem = next((code for kid, code in opened.items() if isinstance(code, str) and kid not in before), None)
+        self.records, self.document, self.refused = records, document or self.document, None
+        self._over = frozenset()
 
-    async def _open_private(self, records: Mapping[str, KeyRecord], envelopes: Mapping[str, bytes]) -> None:
-        """Unwrap what is new, in the executor; forget what is over."""
-        mine = {kid for kid, record in records.items() if self._is_mine(record)}
-        opened = {kid: key for kid, key in self._private.items() if kid in mine}
-        problem = None
+    async def opens(self, view: KeysView) -> frozenset[str]:
+        """The own kids of ``view`` whose private half opens."""
+        opened = await self._open(view.records, view.private)
+        return frozenset(kid for kid, key in opened.items() if not isinstance(key, str))
+
+    async def _open(
+        self, records: Mapping[str, KeyRecord], envelopes: Mapping[str, bytes]
+    ) -> dict[str, SigningKey | str]:
+        """Own keys that are not over, by kid: ready to sign, or the code of why not.
+
+        An envelope is unwrapped in the executor, and once: what became of it is remembered.
+        """
+        found: dict[str, SigningKey | str] = {}
+        for kid, record in records.items():
+            if not self._is_mine(record):
+                self._tried.pop(kid, None)
+            elif kid in envelopes:
+                tried = self._tried.get(kid)
+                if tried is None or tried[0] != envelopes[kid]:
+                    tried = self._tried[kid] = envelopes[kid], await self._try(kid, envelopes[kid])
+                found[kid] = tried[1]
+        return found
+
+    async def _try(self, kid: str, envelope: bytes) -> SigningKey | str:
         loop = asyncio.get_running_loop()
-        for kid in (mine & set(envelopes)) - set(opened):
-            try:
-                opened[kid] = await loop.run_in_executor(
-                    self._executor, _signing_key, envelopes[kid], self._kek, self._region, kid
-                )
-            except (EnvelopeError, ValueError) as error:
-                problem = error.code if isinstance(error, EnvelopeError) else "envelope_invalid"
-                _log.error("private key not opened", kid=kid, code=problem)
-        self._private = opened
-        self.problem = problem
+        try:
+            return await loop.run_in_executor(self._executor, _signing_key, envelope, self._kek, self._region, kid)
+        except (EnvelopeError, ValueError) as error:
+            code = error.code if isinstance(error, EnvelopeError) else "envelope_invalid"
+            _log.error("private key not opened", kid=kid, code=code)
+            return code
 
     def _is_mine(self, record: KeyRecord) -> bool:
-        return record.region == self._region and record.state in ("prepared", "published", "active")
+        return record.region == self._region and record.state in SIGNING_STATES
 
     @property
     def active(self) -> KeyRecord | None:
@@ -177,16 +205,14 @@ class Keyring:
             raise SigningUnavailable("no_signing_key", "this region has no active key yet")
         if self._is_revoked(record.kid):
             raise SigningUnavailable("signing_key_revoked", "the active key was revoked; its successor is on the way")
+        if record.kid in self._over:
+            raise SigningUnavailable("key_set_not_taken", "the active key was replaced, and the new set cannot be used")
         key = self._private.get(record.kid)
         if key is None:
             raise SigningUnavailable(
                 self.problem or "private_key_missing", "the active key's private half is not at hand"
             )
         return key
-
-    def opens(self, view: KeysView) -> frozenset[str]:
-        """The kids of ``view`` whose envelopes are wrapped under this KEK."""
-        return frozenset(kid for kid, envelope in view.private.items() if self._named_kek(envelope) == self._kek.kek_id)
 
     def foreign_kek(self, view: KeysView) -> str | None:
         """The id of another KEK that wraps a private key of this region, or None."""

@@ -61,6 +61,10 @@ BEAT_TIMEOUT_S: Final = 2.0
 RSA_BITS: Final = 2_048
 """RFC 7518 section 3.3 requires 2048 bits or more for RS256; more doubles the cost of every verification."""
 
+KEYS_REQUESTED_MAX: Final = 90
+"""With more keys than this nobody rotates on request: the rest of JWKS_KEYS_MAX (100) is left to rotation by plan and
+to successors of revoked keys."""
+
 ROTATION_STEPS_MAX: Final = 8
 """Steps that one tick may take: create, publish, activate, create the next standby, and lost races."""
 

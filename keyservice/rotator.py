@@ -4,6 +4,9 @@ Every instance of a region runs it. The decision is made on what was read and wr
 that: whoever loses the race reads again and decides again, so two rotators do what one would. The private half is
 stored before the public record; one that is found without a record (its writer died in between, or lost the race)
 becomes the next key instead of a new one.
+
+A key is created only while all regions together have less than a key set may have, and only if no key record has
+changed since they were counted: the set that the regions publish is never one that verifiers refuse.
 """
 
 from __future__ import annotations
@@ -16,13 +19,15 @@ from dataclasses import dataclass
 import msgspec
 import structlog
 
+from verifier.limits import JWKS_KEYS_MAX
+
 from . import keyring
 from .core import rotation
 from .core.rotation import FINAL_STATES, KeyRecord, Policy
 from .envelope import Kek
-from .errors import EnvelopeError, Refused
+from .errors import EnvelopeError, Refused, RequestRefused
 from .keyring import Keyring, NewKey
-from .limits import ROTATION_STEPS_MAX
+from .limits import KEYS_REQUESTED_MAX, ROTATION_STEPS_MAX
 from .store import Node
 from .trust import KeysView, TrustLog, private_key_name, read_keys
 
@@ -87,8 +92,11 @@ class Rotator:
             return view
 
     async def request(self) -> RotationRequest:
-        """Replace the active key as soon as the publish lead allows. Raises :class:`StoreError`."""
+        """Replace the active key as soon as the publish lead allows. Raises :class:`StoreError`, RequestRefused."""
         view = await self.tick()
+        if rotation.live(view.records) > KEYS_REQUESTED_MAX:
+            message = f"there are more than {KEYS_REQUESTED_MAX} keys: rotate when retiring ones have gone"
+            raise RequestRefused("key_set_nearly_full", message, status=409)
         active = _active(view, self._region)
         if active is None:
             raise Refused("NO_ACTIVE_KEY")
@@ -121,21 +129,23 @@ class Rotator:
         if foreign is not None:
             self._complain("kek_mismatch", wrapped_under=foreign)
             return False
-        self._complain(None)
+        usable, wished = await self._ring.opens(view), await self._wished()
         decision = rotation.decide(
             view.records,
             self._region,
             self._clock(),
             self._policy,
-            usable=self._ring.opens(view),
+            usable=usable,
             revoked={kid for kid in view.records if self._is_revoked(kid)},
-            rotate_kid=await self._wished(),
+            rotate_kid=wished,
         )
+        full = decision.create and not decision.changes and rotation.live(view.records) >= JWKS_KEYS_MAX
+        self._complain("key_set_full" if full else None)
         try:
             if decision.changes:
                 await self._put(decision.changes, view)
                 return True
-            if decision.create:
+            if decision.create and not full:
                 await self._create(view)
                 return True
         except Refused as refused:

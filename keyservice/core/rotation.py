@@ -34,12 +34,14 @@ import msgspec
 __all__ = [
     "FINAL_STATES",
     "PUBLISHED_STATES",
+    "SIGNING_STATES",
     "Decision",
     "KeyRecord",
     "Policy",
     "State",
     "activates_at",
     "decide",
+    "live",
     "merge",
     "prepare",
 ]
@@ -51,6 +53,9 @@ PUBLISHED_STATES: Final[frozenset[State]] = frozenset({"published", "active", "r
 
 FINAL_STATES: Final[frozenset[State]] = frozenset({"removed", "compromised"})
 """The states in which the private half is deleted."""
+
+SIGNING_STATES: Final[frozenset[State]] = frozenset({"prepared", "published", "active"})
+"""The states in which the private half is needed: it signs, or will."""
 
 _LIVE: Final = ("prepared", "published", "active", "retiring")
 
@@ -107,6 +112,11 @@ def merge(held: Mapping[str, KeyRecord], read: Iterable[KeyRecord]) -> dict[str,
         if known is None or record.order > known.order:
             merged[record.kid] = record
     return merged
+
+
+def live(records: Mapping[str, KeyRecord]) -> int:
+    """How many keys of all regions are in the JWKS or on their way into it."""
+    return sum(record.state in _LIVE for record in records.values())
 
 
 def _moved(record: KeyRecord, state: State, now: float) -> KeyRecord:

@@ -14,10 +14,14 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from redis import Redis
 
+from keyservice.limits import KEYS_REQUESTED_MAX
 from keyservice.settings import Settings
 from keyservice.trust import private_key_name, read_keys
 from tests.keyservice.support import Running, Server
+from verifier.jwk import thumbprint
+from verifier.limits import JWKS_KEYS_MAX
 from verifier.log import EPOCH_KEY, KEYS_KEY
+from verifier.testing import b64url
 
 PRIVATE = private_key_name("eu-west-1")
 QUICK = {
@@ -31,6 +35,11 @@ QUICK = {
 
 def states(running: Running) -> dict[str, str]:
     return {kid: record.state for kid, record in running.service.ring.records.items()}
+
+
+async def settled(running: Running) -> None:
+    """One key signs, and its successor stands by."""
+    await running.until(lambda: sorted(states(running).values()) == ["active", "published"])
 
 
 def active(running: Running) -> str:
@@ -47,6 +56,7 @@ async def test_a_requested_rotation_waits_for_the_lead_then_publishes_both(
     server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
     running = await start_service(make_settings(server.url, **QUICK))
+    await settled(running)
     first = active(running)
     old = running.service.ring.records
     published_at = next(r.published_at for r in old.values() if r.state == "published")
@@ -75,6 +85,7 @@ async def test_a_rotation_that_may_happen_now_happens_now(
     offset_s = 0.0
     settings = make_settings(server.url, max_skew_s=3600, leeway_s=3601, drop_grace_s=7300, publish_lead_s=3605)
     running = await start_service(settings, clock=lambda: time.time() + offset_s)
+    await settled(running)
     first = active(running)
     waiting = await rotate(running)
     assert waiting.status_code == 202
@@ -89,6 +100,68 @@ async def test_a_rotation_that_may_happen_now_happens_now(
     answer = await rotate(running)
     assert answer.status_code == 200
     assert (answer.json()["replaced"], answer.json()["active"]) == (first, published.kid)
+
+
+def crowd(server: Server, count: int) -> None:
+    """So many published keys of another region."""
+    times = {"prepared_at": 1, "published_at": 1, "active_at": None, "retiring_at": None, "removed_at": None}
+    with server.client() as client:
+        for n in range(count):
+            bare = {"kty": "RSA", "n": b64url((2**2047 + 2 * n + 1).to_bytes(256, "big")), "e": "AQAB"}
+            jwk = {**bare, "use": "sig", "alg": "RS256", "kid": thumbprint(bare)}
+            record = {"v": 1, "kid": jwk["kid"], "region": "us", "alg": "RS256", "jwk": jwk, "rev": 1, **times}
+            client.hset(KEYS_KEY, jwk["kid"], msgspec.json.encode({**record, "state": "published"}))
+        client.hincrby(EPOCH_KEY, "keys_n", 1)
+
+
+async def test_near_the_limit_of_a_set_a_rotation_on_request_is_refused(running: Running, server: Server) -> None:
+    await settled(running)
+    crowd(server, KEYS_REQUESTED_MAX - 1)
+    answer = await rotate(running)
+    assert (answer.status_code, answer.json()["code"]) == (409, "key_set_nearly_full")
+    with server.client() as client:
+        assert not client.exists("{ks}:rotation:eu-west-1")
+
+
+async def test_no_key_is_made_for_a_set_that_is_full(running: Running, server: Server) -> None:
+    await settled(running)
+    crowd(server, JWKS_KEYS_MAX - 1)
+    with server.client() as client:
+        standby = next(kid for kid, state in states(running).items() if state == "published")
+        record = running.service.ring.records[standby]
+        client.hset(KEYS_KEY, standby, msgspec.json.encode(msgspec.structs.replace(record, state="removed", rev=9)))
+        client.hincrby(EPOCH_KEY, "keys_n", 1)
+        keys = set(client.hkeys(KEYS_KEY))
+        for _ in range(2):
+            await running.service.rotator.tick()
+            assert running.service.rotator.problem == "key_set_full"
+        assert set(client.hkeys(KEYS_KEY)) == keys
+        some = next(kid for kid in keys if kid.decode() not in states(running))
+        client.hdel(KEYS_KEY, some)
+        await running.service.rotator.tick()
+        assert running.service.rotator.problem is None
+        assert client.hlen(KEYS_KEY) == len(keys)
+
+
+async def test_a_standby_that_does_not_open_is_never_activated(
+    server: Server, make_settings: Callable[..., Settings], start_service: Any
+) -> None:
+    running = await start_service(make_settings(server.url))
+    await settled(running)
+    first = active(running)
+    standby = next(kid for kid, state in states(running).items() if state == "published")
+    await running.service.stop()
+    with server.client() as client:
+        envelope = msgspec.json.decode(client.hget(PRIVATE, standby))
+        client.hset(PRIVATE, standby, msgspec.json.encode({**envelope, "data": envelope["key"]}))
+        record = msgspec.json.decode(client.hget(KEYS_KEY, standby))
+        client.hset(KEYS_KEY, standby, msgspec.json.encode({**record, "published_at": 1}))
+        client.set("{ks}:rotation:eu-west-1", msgspec.json.encode({"kid": first, "at": 1}))
+    again = await start_service(make_settings(server.url))
+    await again.service.rotator.tick()
+    with server.client() as client:
+        assert msgspec.json.decode(client.hget(KEYS_KEY, standby))["state"] == "published"
+    assert await again.token("orders")
 
 
 async def test_two_instances_make_one_set_of_keys(
@@ -132,7 +205,7 @@ async def test_a_missing_private_half_stops_signing_and_makes_no_new_key(
     server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
     running = await start_service(make_settings(server.url))
-    await running.until(lambda: len(states(running)) == 2)
+    await settled(running)
     before = states(running)
     await running.service.stop()
     with server.client() as client:
@@ -148,7 +221,7 @@ async def test_a_missing_private_half_stops_signing_and_makes_no_new_key(
 
 
 async def test_a_private_half_without_a_record_becomes_the_next_key(running: Running, server: Server) -> None:
-    await running.until(lambda: len(states(running)) == 2)
+    await settled(running)
     with server.client() as client:
         standby = next(kid for kid, state in states(running).items() if state == "published")
         client.hdel(KEYS_KEY, standby)
@@ -159,7 +232,7 @@ async def test_a_private_half_without_a_record_becomes_the_next_key(running: Run
 
 
 async def test_private_keys_are_stored_wrapped(running: Running, server: Server) -> None:
-    await running.until(lambda: len(states(running)) == 2)
+    await settled(running)
     with server.client() as client:
         envelopes = [msgspec.json.decode(envelope) for envelope in client.hvals(PRIVATE)]
     assert len(envelopes) == 2
