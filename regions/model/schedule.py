@@ -16,6 +16,9 @@ from regions.model.world import Region, World, _short
 __all__ = ["Outcome", "Schedule", "run_schedule"]
 
 STEPS = 260
+TORN = 0.3
+"""How often a verifier's round is no single moment's."""
+
 LATE = 0.2
 """How often a keeper's step is not carried out at once."""
 
@@ -69,7 +72,7 @@ class Schedule:
             world.beat,
             world.open,
             world.settle_receipts,
-            world.look,
+            self.look,
             self.learn,
         ]
 
@@ -100,23 +103,26 @@ class Schedule:
     def somebody(self) -> Region:
         return self.rng.choice(list(self.world.regions.values()))
 
-    def rounds(self, count: int) -> None:
+    def rounds(self, count: int, pace_ms: tuple[int, ...] = (60, 150, 400)) -> None:
         """So many rounds in which most of everybody's work gets done, in any order, and somebody may write."""
         world = self.world
         for _ in range(count):
-            world.now_ms += self.rng.choice((60, 150, 400))
+            world.now_ms += self.rng.choice(pace_ms)
             regions = list(world.regions.values())
             self.rng.shuffle(regions)
             for region in regions:
                 if self.rng.random() < 0.7:
                     world.replicate(region, fully=self.rng.random() < 0.7)
-                for step in (world.write, self.keep, world.open, world.beat, world.settle_receipts, world.look):
+                for step in (world.write, self.keep, world.open, world.beat, world.settle_receipts, self.look):
                     if self.rng.random() < (0.1 if step == world.write else 0.7):
                         step(region)
             check_always(world)
             check_opened(world)
 
     weights = (5, 3, 8, 8, 2, 4, 4, 1)
+
+    def look(self, region: Region) -> None:
+        self.world.look(region, torn=TORN)
 
     def keep(self, region: Region) -> None:
         self.world.keep(region, late=LATE)

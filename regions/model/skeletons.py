@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SKELETONS"]
 
+SLOW_MS = (400, 800, 1500)
+"""A pace at which few rounds take longer than a verifier may be stale."""
+
 
 def sides(schedule: Schedule) -> None:
     """A laggard; voters change without it; a split; each side goes on, the laggard's under a primary of its own."""
@@ -31,6 +34,7 @@ def sides(schedule: Schedule) -> None:
         schedule.rounds(rng.randint(1, 6))
     schedule.elect(laggard=rng.random() < 0.8)
     schedule.rounds(rng.randint(2, 8))
+    schedule.rounds(rng.choice((0, 15)), SLOW_MS)
     schedule.live(rng.randint(0, 40), rng.choice((0.0, 0.05)))
 
 

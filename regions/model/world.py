@@ -342,10 +342,17 @@ class World:
         else:
             server.put_report(step.report)
 
-    def look(self, region: Region) -> None:
-        """One round of the region's verifier."""
-        if region.server.alive:
-            region.verifier.round(region.server.data, self.now_ms)
+    def look(self, region: Region, *, torn: float = 0.0) -> None:
+        """One round of the region's verifier; with the probability `torn` it read the log a little before the rest."""
+        if not region.server.alive:
+            return
+        data, reader = region.server.data, region.verifier.reader
+        if torn and self.rng.random() < torn:
+            older = self.rng.choice(region.server.history[-6:])
+            read = (0, 0) if reader is None or reader.position is None else reader.position[:2]
+            if older.log and older.log[-1][0][:2] >= read:
+                data = replace(data, log=older.log)
+        region.verifier.round(data, self.now_ms)
 
 
 def _short(key: EpochKey | None) -> str:
