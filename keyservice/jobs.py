@@ -4,7 +4,8 @@
 * the key poll: an asyncio task that asks the region's replica for the key set's generation, and reads it if changed;
 * the rotator: an APScheduler job, and at once when one of the region's keys is revoked.
 
-Each goes on for ever: an outage is counted and shown, and ends no task.
+Each goes on for ever: an outage is counted and shown, and ends no task, and neither does a mistake of ours: it is
+logged with its trace, and the next round is run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ async def repeat(once: Callable[[], Awaitable[None]], pause_s: Callable[[], floa
     """
     while not stopping.is_set():
         next_mono = time.monotonic() + pause_s()
-        await once()
+        try:
+            await once()
+        except Exception:  # noqa: BLE001  # logged; a beat or key poll that ends silently is worse than any mistake
+            _log.exception("a round failed; going on")
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, next_mono - time.monotonic())):
                 await stopping.wait()
@@ -171,10 +175,15 @@ class RotationJob:
     def start(self) -> None:
         """Schedule it; to be called on the event loop."""
         self._scheduler.add_job(
-            self.once, "interval", seconds=self._tick_s, id="rotate", coalesce=True, max_instances=1
+            self._due, "interval", seconds=self._tick_s, id="rotate", coalesce=True, max_instances=1
         )
         self._scheduler.start()
         self.wake()
+
+    async def _due(self) -> None:
+        """A run, unless one is under way: far from the primary it takes longer than a short tick, which is no fault."""
+        if not self._now:
+            self.wake()
 
     def wake(self) -> None:
         """Run once more, soon; to be called on the event loop."""
@@ -189,6 +198,9 @@ class RotationJob:
             outcome = self._rotator.problem or "done"
         except StoreError as error:
             outcome = error.code
+        except Exception:  # noqa: BLE001  # logged, and counted
+            _log.exception("a run of the rotator failed; going on")
+            outcome = "failed"
         self._metrics.rotation_runs.labels(outcome).inc()
 
     async def stop(self) -> None:

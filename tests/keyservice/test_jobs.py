@@ -1,0 +1,67 @@
+"""What runs beside the requests goes on, whatever happens in one round."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import anyio
+from apscheduler.events import EVENT_JOB_EXECUTED, EVENT_JOB_MAX_INSTANCES
+from structlog.testing import capture_logs
+
+from keyservice.jobs import RotationJob, repeat
+from keyservice.telemetry import Metrics
+
+
+async def test_a_round_that_fails_is_logged_and_the_next_one_is_run() -> None:
+    stopping = asyncio.Event()
+    rounds: list[int] = []
+
+    async def once() -> None:
+        rounds.append(len(rounds))
+        if len(rounds) == 1:
+            raise ZeroDivisionError
+        stopping.set()
+
+    with capture_logs() as logs:
+        await repeat(once, lambda: 0.0, stopping)
+    assert rounds == [0, 1]
+    assert [line["log_level"] for line in logs] == ["error"]
+
+
+class Rotator:
+    """Its first run takes until it is allowed to end; later ones fail."""
+
+    def __init__(self) -> None:
+        self.problem = None
+        self.runs = 0
+        self.may_end, self.third = asyncio.Event(), asyncio.Event()
+
+    async def tick(self) -> None:
+        self.runs += 1
+        await self.may_end.wait()
+        if self.runs == 3:
+            self.third.set()
+        if self.runs > 1:
+            raise ZeroDivisionError
+
+
+async def test_a_run_that_takes_longer_than_a_tick_is_not_complained_about_and_not_doubled() -> None:
+    rotator, job_events, three_ticks = Rotator(), list[int](), asyncio.Event()
+
+    def on_event(event: Any) -> None:
+        job_events.append(event.code)
+        if len(job_events) == 3:
+            three_ticks.set()
+
+    job = RotationJob(cast(Any, rotator), Metrics("eu"), tick_s=0.1)
+    job._scheduler.add_listener(on_event, EVENT_JOB_EXECUTED | EVENT_JOB_MAX_INSTANCES)
+    job.start()
+    with anyio.fail_after(30), capture_logs() as logs:
+        await three_ticks.wait()
+        assert EVENT_JOB_MAX_INSTANCES not in job_events
+        assert rotator.runs == 1
+        rotator.may_end.set()
+        await rotator.third.wait()
+    assert "error" in {line["log_level"] for line in logs}
+    await job.stop()
