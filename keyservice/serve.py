@@ -58,15 +58,9 @@ async def _serve(service: Service) -> None:
     stopping = asyncio.Event()
     _stop_on_signals(stopping)
     _stop_with_parent(settings.parent_fd, stopping)
-    public = _listen(settings.host, settings.port, settings.uds, "KEYSERVICE_PORT", "KEYSERVICE_UDS")
+    public = _listen(settings.host, settings.port, settings.uds, "KEYSERVICE_")
     with contextlib.closing(public):
-        admin = _listen(
-            settings.admin_host,
-            settings.admin_port,
-            settings.admin_uds,
-            "KEYSERVICE_ADMIN_PORT",
-            "KEYSERVICE_ADMIN_UDS",
-        )
+        admin = _listen(settings.admin_host, settings.admin_port, settings.admin_uds, "KEYSERVICE_ADMIN_")
         with contextlib.closing(admin):
             try:
                 await service.start()
@@ -134,12 +128,16 @@ def _stop_with_parent(parent_fd: int | None, stopping: asyncio.Event) -> None:
         raise StartError("parent_fd_invalid", "KEYSERVICE_PARENT_FD is not an open pipe") from None
 
 
-def _listen(host: str, port: int, uds: Path | None, port_setting: str, uds_setting: str) -> socket.socket:
-    """A listening socket; raises :class:`StartError` naming the setting."""
-    setting, place = (uds_setting, str(uds)) if uds is not None else (port_setting, f"{host}:{port}")
+def _listen(host: str, port: int, uds: Path | None, prefix: str) -> socket.socket:
+    """A listening socket; raises :class:`StartError` naming the setting that is to blame."""
+    setting, place = (f"{prefix}UDS", str(uds)) if uds is not None else (f"{prefix}PORT", f"{host}:{port}")
     try:
         return _listen_unix(uds) if uds is not None else _listen_tcp(host, port)
+    except UnicodeError:  # from the name's encoding for DNS
+        raise StartError("cannot_listen", f"{prefix}HOST: {host!r} is not an address of this machine") from None
     except OSError as error:
+        if uds is None and (isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL):
+            setting = f"{prefix}HOST"
         code = "port_in_use" if error.errno == errno.EADDRINUSE else "cannot_listen"
         reason = error.strerror or str(error)
         raise StartError(code, f"{setting}: cannot listen on {place}: {reason.lower()}") from None

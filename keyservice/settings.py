@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 from redis.asyncio.connection import parse_url
 
 from verifier.jwk import HmacKey
+from verifier.limits import ENTRY_VALUE_BYTES_MAX, JWKS_KEYS_MAX
 
 from .core.revocation import RevocationPolicy
 from .core.rotation import Policy
@@ -40,10 +41,14 @@ DEMO: Final[dict[str, Any]] = {
     "max_skew_s": 1,
     "replication_lag_s": 0.5,
     "rotator_tick_s": 1,
-    "publish_lead_s": 5,
+    "access_token_ttl_s": 120,
     "jwks_client_cache_max_s": 0,
 }
 """What the profile ``demo`` shortens, all of it consistently; a variable that is set wins."""
+
+DEMO_LEADS_S: Final = {3: 5, 6: 11, 16: 36}
+"""The publish lead of the profile ``demo``, by the highest number of regions for which it does: more regions together
+must rotate more slowly, so that a key set stays within what verifiers take."""
 
 _REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
 _HINTS: Final = {
@@ -51,6 +56,7 @@ _HINTS: Final = {
     "bool_parsing": "is neither true nor false",
     "int_parsing": "is not a whole number",
     "float_parsing": "is not a number",
+    "string_unicode": "is not UTF-8",
 }
 
 
@@ -108,8 +114,6 @@ class Settings(BaseSettings):
     leeway_s: float = Field(30, ge=0)
     replication_lag_s: float = Field(10, ge=0)
     beat_interval_ms: int = Field(200, ge=50, le=1_000)
-    receipt_wait_ms: int = Field(1_000, ge=0)
-    """How long a receipt is waited for. While nobody vouches for an entry's storage there is nothing to wait for."""
 
     jwks_max_age_s: int = Field(300, ge=0)
     jwks_client_cache_max_s: int = Field(43_200, ge=0)
@@ -136,7 +140,11 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _shorten(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return {**DEMO, **given} if given.get("profile") == "demo" else given
+        if given.get("profile") != "demo":
+            return given
+        regions = len(cls._split(given.get("regions", ())))
+        lead_s = next((lead_s for most, lead_s in DEMO_LEADS_S.items() if regions <= most), max(DEMO_LEADS_S.values()))
+        return {**DEMO, "publish_lead_s": lead_s, **given}
 
     @field_validator("regions", mode="before")
     @classmethod
@@ -172,6 +180,10 @@ class Settings(BaseSettings):
         return self
 
     def _check_places(self) -> None:
+        if len(self.issuer.encode()) > ENTRY_VALUE_BYTES_MAX:
+            raise _Named(
+                "KEYSERVICE_ISSUER", f"is longer than {ENTRY_VALUE_BYTES_MAX} bytes: no revocation can name it"
+            )
         if not self.redis_url:
             raise _Named("KEYSERVICE_REDIS_URL", "is not set (or REDIS_ADDR): name this region's Redis")
         for name in (self.region, *self.regions):
@@ -193,6 +205,8 @@ class Settings(BaseSettings):
         if self.jwt_secret is not None:
             try:
                 HmacKey.from_secret(self.jwt_secret.get_secret_value().encode())
+            except UnicodeEncodeError:
+                raise _Named("JWT_SECRET", "is not UTF-8: give it as text") from None
             except ValueError as error:
                 raise _Named("JWT_SECRET", f"cannot be used ({error}): HS256 needs 32 random bytes or more") from None
 
@@ -206,6 +220,8 @@ class Settings(BaseSettings):
             + self.rotator_tick_s
             + self.jwks_client_cache_max_s
         )
+        keys_each = JWKS_KEYS_MAX / len(self.all_regions) - 2  # one active, one standby; the others are retiring
+        removal_s = self.rotation_policy.removal_delay_s
         rules = (
             (
                 self.publish_lead_s >= lead_s,
@@ -233,6 +249,17 @@ class Settings(BaseSettings):
                 self.access_token_ttl_s <= self.max_token_lifetime_s,
                 "ACCESS_TOKEN_TTL_S",
                 "must be at most KEYSERVICE_MAX_TOKEN_LIFETIME_S, or every token is refused; lower it",
+            ),
+            (
+                keys_each > 0,
+                "REGIONS",
+                f"has more regions than a key set of {JWKS_KEYS_MAX} keys has room for; name fewer",
+            ),
+            (
+                removal_s <= keys_each * min(self.rotation_interval_s, self.publish_lead_s),
+                "PUBLISH_LEAD_S",
+                f"is so short against KEYSERVICE_ACCESS_TOKEN_TTL_S (keys verify for {removal_s:g} s more) that "
+                f"{len(self.all_regions)} regions could publish more than {JWKS_KEYS_MAX} keys; raise it or lower that",
             ),
         )
         for holds, name, problem in rules:

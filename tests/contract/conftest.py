@@ -72,6 +72,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
+        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "60",
         "KEYSERVICE_JWKS_MAX_AGE_S": "1",
         "KEYSERVICE_MAX_SKEW_S": "0.1",
         "KEYSERVICE_REPLICATION_LAG_S": "0",

@@ -22,7 +22,7 @@ async def test_a_client_gets_an_access_token_of_rfc_9068(running: Running) -> No
     assert answer.status_code == 200
     assert answer.headers["cache-control"] == "no-store"
     body = answer.json()
-    assert (body["token_type"], body["expires_in"], body["scope"]) == ("Bearer", 900, "orders:read")
+    assert (body["token_type"], body["expires_in"], body["scope"]) == ("Bearer", 120, "orders:read")
     header, claims = jwt.get_unverified_header(body["access_token"]), claims_of(body["access_token"])
     assert header["typ"] == "at+jwt"
     assert header["alg"] == "RS256"
@@ -34,7 +34,7 @@ async def test_a_client_gets_an_access_token_of_rfc_9068(running: Running) -> No
         "client_id": "orders",
         "scope": "orders:read",
         "iat": 0,
-        "exp": 900,
+        "exp": 120,
         "jti": "",
     }
 

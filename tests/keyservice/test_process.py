@@ -17,7 +17,9 @@ import pytest
 
 from keyservice.clients import Authenticator, hash_secret, load_clients
 from keyservice.errors import SettingError
+from keyservice.settings import Settings
 from tests.keyservice.support import ISSUER, KEK, Server, until
+from verifier.limits import JWKS_KEYS_MAX
 
 Spawn = Callable[..., subprocess.Popen[str]]
 
@@ -136,6 +138,7 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
     first = spawn()
     with http(public) as client:
         until(lambda: is_ready(client, public), 20)
+        until(lambda: len(client.get("/.well-known/jwks.json").json()["keys"]) == 2)
         before = client.get("/.well-known/jwks.json").content
     first.kill()
     first.communicate()
@@ -158,6 +161,8 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
         ({"KEYSERVICE_CLIENTS_FILE": "/nowhere"}, "clients_file_invalid", "/nowhere"),
         ({"KEYSERVICE_PORT": "hunter2"}, "setting_invalid", "KEYSERVICE_PORT"),
         ({"KEYSERVICE_PORT": "65536"}, "setting_invalid", "KEYSERVICE_PORT"),
+        ({"KEYSERVICE_ISSUER": "i" * 257}, "setting_invalid", "KEYSERVICE_ISSUER"),
+        ({"KEYSERVICE_RECEIPT_WAIT_MS": "1"}, "setting_unknown", "KEYSERVICE_RECEIPT_WAIT_MS"),
         ({"KEYSERVICE_PROFILE": "hunter2"}, "setting_invalid", "KEYSERVICE_PROFILE"),
         ({"KEYSERVICE_PROT": "1"}, "setting_unknown", "KEYSERVICE_PROT"),
         ({"KEYSERVICE_REDIS_URL": "http://u:hunter2@x"}, "setting_invalid", "KEYSERVICE_REDIS_URL"),
@@ -168,12 +173,24 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
         ({"KEYSERVICE_REGIONS": "eu-west-1,b"}, "setting_missing", "KEYSERVICE_BOOTSTRAP_REGION"),
         ({"KEYSERVICE_BOOTSTRAP_REGION": "b"}, "setting_invalid", "KEYSERVICE_BOOTSTRAP_REGION"),
         ({"JWT_SECRET": "hunter2"}, "setting_invalid", "JWT_SECRET"),
+        ({"JWT_SECRET": "hunter2" * 9 + "\udcff"}, "setting_invalid", "JWT_SECRET is not UTF-8"),
+        ({"KEYSERVICE_ISSUER": "hunter2\udcff"}, "setting_invalid", "KEYSERVICE_ISSUER is not UTF-8"),
         ({"JWT_SECRET": None}, "setting_missing", "JWT_SECRET"),
         ({"KEYSERVICE_LEEWAY_S": "1.9"}, "setting_invalid", "KEYSERVICE_MAX_SKEW_S"),
         ({"KEYSERVICE_PUBLISH_LEAD_S": "4.74"}, "setting_invalid", "KEYSERVICE_JWKS_MAX_AGE_S"),
         ({"KEYSERVICE_DROP_GRACE_S": "30.9"}, "setting_invalid", "KEYSERVICE_LEEWAY_S"),
         ({"KEYSERVICE_ROTATION_INTERVAL_S": "4.9"}, "setting_invalid", "KEYSERVICE_PUBLISH_LEAD_S"),
         ({"KEYSERVICE_ACCESS_TOKEN_TTL_S": "86401"}, "setting_invalid", "KEYSERVICE_MAX_TOKEN_LIFETIME_S"),
+        ({"KEYSERVICE_ACCESS_TOKEN_TTL_S": "459"}, "setting_invalid", "KEYSERVICE_PUBLISH_LEAD_S"),
+        ({"KEYSERVICE_ACCESS_TOKEN_TTL_S": "459"}, "setting_invalid", "KEYSERVICE_ACCESS_TOKEN_TTL_S"),
+        (
+            {
+                "KEYSERVICE_REGIONS": ",".join(["eu-west-1", *(f"r{n}" for n in range(49))]),
+                "KEYSERVICE_BOOTSTRAP_REGION": "r1",
+            },
+            "setting_invalid",
+            "KEYSERVICE_REGIONS",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it_and_not_its_value(
@@ -191,9 +208,21 @@ def test_at_the_limits_the_settings_hold(spawn: Spawn) -> None:
         "KEYSERVICE_PUBLISH_LEAD_S": "4.75",
         "KEYSERVICE_DROP_GRACE_S": "3",
         "KEYSERVICE_ROTATION_INTERVAL_S": "4.75",
-        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "86400",
     }
     assert "[redis_unreachable]" in complaint(spawn(**exact), 4)
+    assert "[redis_unreachable]" in complaint(spawn(KEYSERVICE_ACCESS_TOKEN_TTL_S="458"), 4)
+    longest = {"KEYSERVICE_ACCESS_TOKEN_TTL_S": "86400", "KEYSERVICE_PUBLISH_LEAD_S": "1000"}
+    assert "[redis_unreachable]" in complaint(spawn(**longest), 4)
+
+
+@pytest.mark.parametrize("regions", [1, 3, 4, 6, 7, 16])
+def test_the_demo_profile_suits_every_number_of_regions(make_settings: Callable[..., Settings], regions: int) -> None:
+    names = ("eu-west-1", *(f"r{n}" for n in range(1, regions)))
+    given = {"regions": ",".join(names), "bootstrap_region": "eu-west-1"}
+    settings = make_settings("unix:///nowhere", **given)
+    retiring = settings.rotation_policy.removal_delay_s / settings.publish_lead_s
+    assert regions * (retiring + 2) <= JWKS_KEYS_MAX
+    assert settings.publish_lead_s == 5 or regions > 3
 
 
 def test_without_redis_it_gives_up_after_a_bounded_wait(spawn: Spawn) -> None:
@@ -236,6 +265,15 @@ def test_a_port_in_use_is_named(server: Server, spawn: Spawn) -> None:
         line = complaint(spawn(KEYSERVICE_ADMIN_UDS=None, KEYSERVICE_ADMIN_PORT=port), 4)
     assert "[port_in_use]" in line
     assert "KEYSERVICE_ADMIN_PORT" in line
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "192.0.2.1", "127.0.0.1:8080", "x" * 64 + ".test"])
+@pytest.mark.parametrize("prefix", ["KEYSERVICE_", "KEYSERVICE_ADMIN_"])
+def test_a_host_to_listen_on_that_is_none_of_this_machine_is_named(spawn: Spawn, prefix: str, host: str) -> None:
+    line = complaint(spawn(**{f"{prefix}UDS": None, f"{prefix}HOST": host, f"{prefix}PORT": "0"}), 4)
+    assert "[cannot_listen]" in line
+    assert f"{prefix}HOST" in line
+    assert f"{prefix}PORT" not in line
 
 
 def test_a_socket_in_use_is_named(server: Server, spawn: Spawn, environment: dict[str, str]) -> None:

@@ -26,6 +26,7 @@ from verifier.testing import b64url
 PRIVATE = private_key_name("eu-west-1")
 QUICK = {
     "publish_lead_s": 1.5,
+    "access_token_ttl_s": 60,
     "max_skew_s": 0.1,
     "jwks_max_age_s": 1,
     "replication_lag_s": 0,
