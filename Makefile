@@ -93,6 +93,10 @@ demo: install ## set up, then the main job: log in, revoke, measure the lag, rot
 up: install ## start a cluster of regions on this machine, until Ctrl-C
 	@$(PY) -m regions up $(ARGS)
 
+.PHONY: model
+model: install ## the keeper rules through seeded schedules of faults; ARGS="--seeds 100000 --jobs 2"
+	@$(PY) -m regions model $(ARGS)
+
 .PHONY: bench
 bench: install ## the benchmarks
 	@$(PY) -m benchmarks $(ARGS)

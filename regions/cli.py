@@ -18,6 +18,7 @@ from regions.cluster import SERVICES, Cluster
 from regions.console import Reporter
 from regions.demo import run_demo
 from regions.errors import ExitCode, RegionsError
+from regions.model.cli import model
 from regions.ports import check_ports_free, pick_free_ports
 from regions.topology import Topology, load_topology
 
@@ -34,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(model)
 
 TopologyOption = Annotated[str, typer.Option(help="A built-in topology (default, one-region) or a TOML file.")]
 VarOption = Annotated[Path, typer.Option(help="Where to keep data, logs and cluster.json.")]
