@@ -57,7 +57,7 @@ class KeyService:
 
 @pytest.fixture
 def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
-    """Started and ready."""
+    """Started and ready; the active key's successor is published."""
     clients_file = run_dir / "clients.toml"
     clients_file.write_text(CLIENTS)
     ports = [_free_port(), _free_port()]
@@ -84,6 +84,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
     with subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=environment) as child:
         try:
             until(_answers(f"{made.url}/readyz"), 20)
+            until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 20)
             yield made
         finally:
             child.terminate()
