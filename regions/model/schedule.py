@@ -311,6 +311,8 @@ class Schedule:
             seen, self.world.nonce(), above=0, voters=voters, now_ms=self.world.now_ms, region=region.name
         )
         self.world.say(f"an operator changes the voters on {server.region}: {_short(made)}, {', '.join(seats)}")
+        if len(seats) < 3:  # two voters tolerate no loss
+            self.losses_left = 0
 
     # -- liveness -------------------------------------------------------------------------------------------------
 
