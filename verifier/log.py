@@ -67,6 +67,7 @@ _NONCE: Final = re.compile(r"[0-9a-f]{16}\Z")
 _POSITION: Final = re.compile(r"(0|[1-9][0-9]{0,15})-(0|[1-9][0-9]{0,15})\.([0-9a-f]{16})\Z")
 _UINT: Final = re.compile(r"(0|[1-9][0-9]{0,15})\Z")
 _FIELDS: Final = ("v", "id", "kind", "issuer", "value", "before", "expires_at", "reason", "at", "region")
+_CANONICAL: Final = tuple(name for name in _FIELDS if name not in ("v", "at"))
 
 
 class FormatError(ValueError):
@@ -151,7 +152,8 @@ class Entry:
     """One revocation, or the ``epoch`` entry that opens an epoch's history.
 
     ``before`` (Unix seconds) is set for cut-offs only. ``expires_at`` (Unix seconds) is when the last token that this
-    entry can hit has expired; :data:`NEVER_EXPIRES` for ``kid``. ``at`` is the primary's time in milliseconds.
+    entry can hit has expired; :data:`NEVER_EXPIRES` for ``kid``. ``at`` is the time in milliseconds at which a primary
+    first took it, 0 for one that none has taken yet.
     """
 
     id: str
@@ -209,8 +211,12 @@ class Entry:
         ).check()
 
     def digest(self) -> bytes:
-        """SHA-256 over the canonical fields: two entries are the same one if and only if their digests are equal."""
-        return hashlib.sha256(msgspec.json.encode([*self.encode().values()][1:])).digest()
+        """SHA-256 over the canonical fields: two entries are the same one if and only if their digests are equal.
+
+        ``v`` and ``at`` are not part of it: they say how and when a log took the entry, not what it says.
+        """
+        fields = self.encode()
+        return hashlib.sha256(msgspec.json.encode([fields[name] for name in _CANONICAL])).digest()
 
     def caller_fields(self) -> tuple[str, str, str, int | None, str]:
         """What a caller chose: two entries under one id conflict when these differ."""
@@ -224,19 +230,34 @@ class Entry:
         return nonce, None if previous == "-" else Position.parse(previous)
 
 
-class EpochLink(msgspec.Struct, frozen=True):
-    """One epoch in the chain: who it is, where the one before ended, who votes in it, and whether it ever opened."""
+class EpochLink(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One epoch in the chain: who it is, where the one before ended, who votes in it, and whether it ever opened.
+
+    ``voters`` maps a region to its keeper's id, empty for a vacant seat. ``forgotten`` are keeper ids that an operator
+    has given up for good: no majority counts their seats any more.
+    """
 
     number: int
     nonce: str
     previous: str | None
     voters: dict[str, str]
     opened: bool
+    forgotten: tuple[str, ...] = ()
+
+
+def _links(text: str) -> tuple[EpochLink, ...]:
+    try:
+        return msgspec.json.decode(text, type=tuple[EpochLink, ...])
+    except msgspec.DecodeError:
+        raise FormatError("chain_invalid", "not a list of epochs") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """The hash ``{trust}:epoch``. ``replid`` is the replication id of the server that it was opened on."""
+    """The hash ``{trust}:epoch``. ``replid`` is the replication id of the server that it was opened on.
+
+    ``chain`` is this history, ``known`` are epochs that keepers know of and this history lacks.
+    """
 
     number: int
     nonce: str
@@ -244,6 +265,7 @@ class Epoch:
     open: bool
     generation: Generation
     chain: tuple[EpochLink, ...]
+    known: tuple[EpochLink, ...] = ()
 
     @classmethod
     def decode(cls, fields: Mapping[bytes, bytes]) -> Epoch:
@@ -251,17 +273,14 @@ class Epoch:
         number, nonce = _uint(_text(fields, "number"), "number"), _text(fields, "nonce")
         if not _NONCE.match(nonce):
             raise FormatError("nonce_invalid", "expected 16 hex digits")
-        try:
-            chain = msgspec.json.decode(_text(fields, "chain"), type=tuple[EpochLink, ...])
-        except msgspec.DecodeError:
-            raise FormatError("chain_invalid", "not a list of epochs") from None
         return cls(
             number=number,
             nonce=nonce,
             replid=_text(fields, "replid", ""),
             open=_text(fields, "open", "0") == "1",
             generation=Generation(number, _uint(_text(fields, "keys_n", "0"), "keys_n")),
-            chain=chain,
+            chain=_links(_text(fields, "chain")),
+            known=_links(_text(fields, "known", "[]")),
         )
 
     def nonce_of(self, number: int) -> str | None:

@@ -9,10 +9,12 @@ A keeper's life in one epoch, from what its own replica shows:
 
     the log is in …                        the keeper …
     -------------------------------------  --------------------------------------------------------------------------
+    no epoch: there is no log              registers (``Register``) if it holds nothing; else as in the next line
     an epoch older than its promise        stores what is new; opens a new epoch above the promise (``Bump``)
     an epoch it has not merged into        appends what it holds and the log lacks (``Add``); when nothing is lacking,
                                            *promises* the epoch, on disk, and from then on reports it as merged
     the epoch it has merged into           stores, and reports how far it holds the log and which beat it has seen
+    an epoch whose log has a hole          opens a new epoch, which all merge into, so that nothing stays lost
 
 Before it merges it also makes sure of the voters: where it knows a newer epoch than the one before this, that this
 history lacks and that had other voters, a log that lags behind has brought old voters back; it opens a new epoch with
@@ -38,160 +40,63 @@ issued after that.
 *Voters* are seats, one per region, each held by a keeper id; a vacant seat (an empty id) counts in the majority. A
 failover keeps the voters. A keeper that lost its disk, or was restored from a copy, is another keeper: it takes a new
 id, and is no voter until it is made one.
+
+An *intent* is an entry that a writer is about to append: it is on disk before that, and left to the writer for a while.
+No promise waits for it, because nobody can have acknowledged an entry that no log has shown.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
-from verifier.log import Beat, Entry, Epoch, EpochLink, Position
+from keyservice.limits import APPEND_ENTRIES_MAX
+from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Position
 
-__all__ = [
-    "Add",
-    "Bump",
-    "Disk",
-    "EpochKey",
-    "Keeper",
-    "LogView",
-    "Protocol",
-    "Report",
-    "Send",
-    "Step",
-    "majority",
-]
+from .evidence import EpochKey, LogHead, Report, Voters, key_of
 
-Voters = Mapping[str, str]
-"""Region to keeper id; an empty id is a vacant seat."""
+__all__ = ["Add", "Bump", "Disk", "Keeper", "MemoryDisk", "Register", "Send", "Step"]
 
 
-class EpochKey(NamedTuple):
-    """An epoch's identity, in the order of promises."""
+class Disk(Protocol):
+    """What a keeper has stored: every method that changes it is one durable write, complete or not made at all.
 
-    number: int
-    nonce: str
-
-
-def key_of(epoch: Epoch | EpochLink) -> EpochKey:
-    """The identity of an epoch or of a link of its chain."""
-    return EpochKey(epoch.number, epoch.nonce)
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What a keeper says of itself in ``{trust}:region:<r>``. Sent only once it is merged into the epoch.
-
-    ``held`` is the position up to which everything is on disk. ``beat_*`` is the newest beat that it confirms, -1 for
-    none yet. ``commit`` counts its disk's commits, to tell a restored copy from the original.
+    ``entries`` are known by digest: a union keeps two different entries under one id.
     """
 
-    region: str
     keeper_id: str
-    number: int
-    nonce: str
-    held: str
-    commit: int
-    beat_n: int = -1
-    beat_at_ms: int = 0
-    beat_position: str = ""
 
     @property
-    def epoch(self) -> EpochKey:
-        """The epoch that this is evidence for."""
-        return EpochKey(self.number, self.nonce)
-
-
-@dataclass(frozen=True, slots=True)
-class LogView:
-    """What a replica shows at one moment. ``known`` are epochs that merged keepers know and this history lacks."""
-
-    epoch: Epoch
-    known: tuple[EpochLink, ...]
-    log: Sequence[tuple[Position, Entry]]
-    beat: Beat | None
+    def promise(self) -> EpochKey | None:
+        """The epoch that was promised last."""
 
     @property
-    def links(self) -> tuple[EpochLink, ...]:
-        """Every epoch that the log names."""
-        return (*self.epoch.chain, *self.known)
+    def links(self) -> Mapping[EpochKey, EpochLink]:
+        """Every epoch that it has heard of."""
 
+    @property
+    def commit(self) -> int:
+        """How many writes there were."""
 
-# -- counting -------------------------------------------------------------------------------------------------------
+    def digests(self) -> Iterable[bytes]:
+        """Of all entries, the oldest first."""
 
+    def get(self, digests: Sequence[bytes]) -> Sequence[Entry]:
+        """The entries with these digests, less those that were dropped meanwhile."""
 
-def majority(voters: Voters) -> int:
-    """How many of these voters make a majority."""
-    return len(voters) // 2 + 1
+    def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
+        """Keep what is new; an epoch once known to have opened stays so."""
 
-
-class Protocol:
-    """The decisions that are made by counting; one method a rule, so that a model can do without one."""
-
-    def counts(self, report: Report, epoch: Epoch) -> bool:
-        """Rule 1: evidence counts in the very epoch that it was given for."""
-        return report.epoch == key_of(epoch)
-
-    def holds(self, report: Report, position: Position) -> bool:
-        """Whether this keeper has the position on disk."""
-        return Position.parse(report.held)[:2] >= position[:2]
-
-    def voters(self, epoch: Epoch) -> Voters:
-        """The voters of the current epoch."""
-        return epoch.chain[-1].voters
-
-    def merged_ids(self, epoch: Epoch, reports: Iterable[Report]) -> frozenset[str]:
-        """Keepers that are merged into the epoch."""
-        return frozenset(report.keeper_id for report in reports if self.counts(report, epoch))
-
-    def has_majority(self, voters: Voters, ids: frozenset[str]) -> bool:
-        """Whether these keepers hold a majority of the seats."""
-        return sum(keeper_id in ids for keeper_id in voters.values() if keeper_id) >= majority(voters)
-
-    def electorates(self, epoch: Epoch, known: Iterable[EpochLink]) -> list[Voters]:
-        """Rule 3: every voter set since the newest epoch known to have opened, that one's and this one's included.
-
-        An epoch not known to have opened may have: whoever opened it may be out of reach.
-        """
-        links = sorted({key_of(link): link for link in (*known, *epoch.chain)}.values(), key=key_of)
-        opened = [key_of(link) for link in links if link.opened and key_of(link) < key_of(epoch)]
-        since = max(opened) if opened else key_of(links[0])
-        return [link.voters for link in links if since <= key_of(link)]
-
-    def may_open(self, epoch: Epoch, known: Iterable[EpochLink], reports: Iterable[Report]) -> bool:
-        """Rule 3: whether enough keepers have merged."""
-        ids = self.merged_ids(epoch, reports)
-        return all(self.has_majority(voters, ids) for voters in self.electorates(epoch, known))
-
-    def holders(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> frozenset[str]:
-        """Keepers that are merged into the epoch and hold this position of its history."""
-        return frozenset(r.keeper_id for r in reports if self.counts(r, epoch) and self.holds(r, position))
-
-    def is_replicated(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> bool:
-        """Rule 1: whether the entry at this position of the epoch's history may be acknowledged."""
-        return epoch.open and self.has_majority(self.voters(epoch), self.holders(position, epoch, reports))
-
-    def confirmed(self, epoch: Epoch, reports: Iterable[Report]) -> Report | None:
-        """Rule 4: the report with the newest beat that a majority of the voters has reached, or None."""
-        if not epoch.open:
-            return None
-        seats = set(self.voters(epoch).values()) - {""}
-        reached = [r for r in reports if self.counts(r, epoch) and r.keeper_id in seats and r.beat_n >= 0]
-        reached.sort(key=lambda report: report.beat_n, reverse=True)
-        needed = majority(self.voters(epoch))
-        return reached[needed - 1] if len(reached) >= needed else None
-
-
-# -- one keeper -----------------------------------------------------------------------------------------------------
+    def make_promise(self, epoch: EpochKey) -> None:
+        """Rule 5; a promise only moves forward."""
 
 
 @dataclass(slots=True)
-class Disk:
-    """What a keeper has stored: every method is one durable write, complete or not made at all.
-
-    ``entries`` by digest: a union keeps two different entries under one id.
-    """
+class MemoryDisk:
+    """A :class:`Disk` for models and tests."""
 
     keeper_id: str
     promise: EpochKey | None = None
@@ -199,21 +104,37 @@ class Disk:
     links: dict[EpochKey, EpochLink] = field(default_factory=dict)
     commit: int = 0
 
+    def digests(self) -> Iterable[bytes]:
+        return self.entries
+
+    def get(self, digests: Sequence[bytes]) -> Sequence[Entry]:
+        return [self.entries[digest] for digest in digests if digest in self.entries]
+
     def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
-        """Keep what is new; an epoch once known to have opened stays so."""
         new = {digest: entry for entry in entries if (digest := entry.digest()) not in self.entries}
-        newer = {key_of(link): link for link in links if link.opened or key_of(link) not in self.links}
-        changed = {key: link for key, link in newer.items() if self.links.get(key) != link}
+        changed = news_of(links, self.links)
         if new or changed:
             self.entries.update(new)
             self.links.update(changed)
             self.commit += 1
 
     def make_promise(self, epoch: EpochKey) -> None:
-        """Rule 5; a promise only moves forward."""
         if self.promise is None or epoch > self.promise:
             self.promise = epoch
             self.commit += 1
+
+
+def news_of(links: Iterable[EpochLink], held: Mapping[EpochKey, EpochLink]) -> dict[EpochKey, EpochLink]:
+    """The links that are not held yet, or not yet as opened."""
+    newer = {key_of(link): link for link in links if link.opened or key_of(link) not in held}
+    return {key: link for key, link in newer.items() if held.get(key) != link}
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Say who will have this region's seat, on a server that has no log yet."""
+
+    keeper_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +148,12 @@ class Bump:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Append these entries and name these epochs, in the epoch that was seen."""
+    """Append these entries and name these epochs, in the epoch that was seen. ``complete``: nothing more is lacking."""
 
     seen: EpochKey
     entries: tuple[Entry, ...]
     links: tuple[EpochLink, ...]
+    complete: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,57 +163,103 @@ class Send:
     report: Report
 
 
-Step = Bump | Add | Send
+Step = Register | Bump | Add | Send
 
 
 class Keeper:
     """One keeper. Only ``disk`` survives a crash. Whoever runs it carries its steps out.
 
-    The order within one turn: :meth:`read`, then :meth:`next_step`; after an ``Add`` was carried out on the primary,
-    :meth:`merged`. A step that fails is simply decided again.
+    The log is read in passes: :meth:`begin`, then :meth:`read` from the first entry on, then :meth:`next_step` whenever
+    it was read to its end. After an ``Add`` was carried out on the primary: :meth:`added`. A step that fails is simply
+    decided again.
     """
 
     def __init__(self, region: str, disk: Disk) -> None:
         self.region = region
         self.disk = disk
+        self._missing: dict[bytes, None] = dict.fromkeys(disk.digests())
+        self._pass: EpochKey | None = None
         self._merged: EpochKey | None = None
         self._merged_beat = -1
+        self._added_in: EpochKey | None = None
         self._added: set[bytes] = set()
+        self._intents: dict[bytes, float] = {}
 
-    def read(self, view: LogView) -> None:
+    # -- reading --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The log will be read from its first entry: nothing on disk has been seen in it yet."""
+        self._pass = None
+        self._missing = dict.fromkeys(self.disk.digests())
+
+    def read(self, items: Iterable[tuple[Position, Entry]], links: Iterable[EpochLink] = ()) -> None:
         """Store what the replica shows, whatever the epoch (rule 5)."""
-        self.disk.store((entry for _, entry in view.log), view.links)
+        shown = [entry for _, entry in items if entry.kind != EPOCH_KIND]
+        self.disk.store(shown, links)
+        for entry in shown:
+            digest = entry.digest()
+            self._missing.pop(digest, None)
+            self._added.discard(digest)
+            self._intents.pop(digest, None)
 
-    def lacking(self, view: LogView) -> Add:
-        """What is on disk and the log lacks, but for what was added already and is on its way to the replica."""
-        shown = {entry.digest() for _, entry in view.log}
-        if self._merged == key_of(view.epoch):
-            shown |= self._added
-        named = {key_of(link): link.opened for link in view.links}
-        entries = tuple(entry for digest, entry in self.disk.entries.items() if digest not in shown)
-        links = tuple(link for key, link in self.disk.links.items() if key not in named or link.opened > named[key])
-        return Add(key_of(view.epoch), entries, links)
+    # -- writers' intents -----------------------------------------------------------------------------------------
 
-    def next_step(self, view: LogView | None) -> Step | None:
-        """What to do about the log as it is shown (None: no log at all), after ``read`` of the same view."""
-        if view is None:
-            return self.bump_above(None) if self.disk.links else None
-        seen = key_of(view.epoch)
-        if self.is_outvoted(view) or self.has_newer_voters(view):
+    def intend(self, entries: Sequence[Entry], until_mono: float) -> None:
+        """Store what a writer is about to append; until then (monotonic seconds) the appending is left to it."""
+        digests = [entry.digest() for entry in entries]
+        held = self.disk.get(digests)
+        self.disk.store(entries, ())
+        for digest in set(digests) - {entry.digest() for entry in held}:
+            self._missing[digest] = None
+            self._intents[digest] = until_mono
+
+    def appended(self, epoch: EpochKey, entries: Iterable[Entry]) -> None:
+        """A writer appended these intents in this epoch: they need not be added once more."""
+        if self._added_in == epoch:
+            self._added.update(entry.digest() for entry in entries)
+
+    def given_up(self, entries: Iterable[Entry]) -> None:
+        """A writer could not append these intents: they are this keeper's now."""
+        for entry in entries:
+            self._intents.pop(entry.digest(), None)
+
+    # -- deciding -------------------------------------------------------------------------------------------------
+
+    def next_step(self, head: LogHead | None, mono: float) -> Step | None:
+        """What to do about the log as it is shown (None: no log at all), after it was read to its end."""
+        if head is None:
+            return self.bump_above(None) if self.disk.links else Register(self.disk.keeper_id)
+        seen = self._pass = key_of(head.epoch)
+        if self.is_outvoted(head) or self.has_newer_voters(head):
             return self.bump_above(seen)
-        add = self.lacking(view)
+        if head.holed:
+            return Bump(self.bump_above(seen).above, seen, head.epoch.chain[-1].voters)
+        add = self.lacking(head, mono)
         if self._merged != seen or add.entries:
             return add
-        return Send(self.report(view))
+        return Send(self.report(head))
 
-    def is_outvoted(self, view: LogView) -> bool:
+    def lacking(self, head: LogHead, mono: float) -> Add:
+        """What is on disk and the log lacks, but for what was added already and is on its way to the replica."""
+        seen = key_of(head.epoch)
+        digests = self._lacking(seen, mono)
+        named = {key_of(link): link.opened for link in (*head.epoch.chain, *head.epoch.known)}
+        links = tuple(link for key, link in self.disk.links.items() if key not in named or link.opened > named[key])
+        chunk = digests[:APPEND_ENTRIES_MAX]
+        return Add(seen, tuple(self.disk.get(chunk)), links, complete=len(chunk) == len(digests))
+
+    def _lacking(self, seen: EpochKey, mono: float) -> list[bytes]:
+        added = self._added if self._added_in == seen else ()
+        return [digest for digest in self._missing if digest not in added and self._intents.get(digest, 0.0) <= mono]
+
+    def is_outvoted(self, head: LogHead) -> bool:
         """Whether the log fell back behind the promise. Without a new epoch a minority's would stall everybody."""
-        return self.disk.promise is not None and key_of(view.epoch) < self.disk.promise
+        return self.disk.promise is not None and key_of(head.epoch) < self.disk.promise
 
-    def has_newer_voters(self, view: LogView) -> bool:
+    def has_newer_voters(self, head: LogHead) -> bool:
         """Whether a laggard log has brought old voters back."""
-        history = {key_of(link) for link in view.epoch.chain}
-        epoch = view.epoch.chain[-1]
+        history = {key_of(link) for link in head.epoch.chain}
+        epoch = head.epoch.chain[-1]
         before = max((key for key in history if key < key_of(epoch)), default=EpochKey(0, ""))
         newer = [key for key in self.disk.links if before < key < key_of(epoch) and key not in history]
         return bool(newer) and dict(self.disk.links[max(newer)].voters) != dict(epoch.voters)
@@ -302,66 +270,47 @@ class Keeper:
         numbers = [key.number for key in self.disk.links] + [self.disk.promise.number if self.disk.promise else 0]
         return Bump(max(numbers), seen, self.disk.links[newest].voters)
 
-    def merged(self, add: Add, beat_n: int) -> None:
-        """Everything held is in this epoch's log, as the primary has just said; ``beat_n`` is its newest beat.
+    def added(self, add: Add, beat_n: int, mono: float) -> None:
+        """The primary has taken these entries; ``beat_n`` is the newest beat of its epoch, -1 for none.
 
-        The promise is on disk before anything is reported.
+        If nothing is lacking any more, this is the merge: the promise is on disk before anything is reported. What was
+        read meanwhile in another epoch, or is being read anew, has to be compared with this one first.
         """
         if self.disk.promise is not None and add.seen < self.disk.promise:
             return
-        self.disk.make_promise(add.seen)
-        if self._merged != add.seen:
-            self._merged, self._merged_beat, self._added = add.seen, beat_n, set()
+        if self._added_in != add.seen:
+            self._added_in, self._added = add.seen, set()
         self._added.update(entry.digest() for entry in add.entries)
+        if not add.complete or self._merged == add.seen:
+            return
+        if self._pass == add.seen and not self._lacking(add.seen, mono):
+            self.disk.make_promise(add.seen)
+            self._merged, self._merged_beat = add.seen, beat_n
 
-    def appended(self, epoch: EpochKey, entry: Entry) -> None:
-        """A writer appended an intent of this keeper's in this epoch: it need not be added once more."""
-        if self._merged == epoch:
-            self._added.add(entry.digest())
+    # -- reporting ------------------------------------------------------------------------------------------------
 
-    def report(self, view: LogView) -> Report:
-        """Evidence for the epoch that is merged into: everything that the view shows is stored (rules 2, 6)."""
-        last = view.log[-1][0]
+    def report(self, head: LogHead) -> Report:
+        """Evidence for the epoch that is merged into: everything that the log shows is stored (rules 2, 6)."""
         report = Report(
             region=self.region,
             keeper_id=self.disk.keeper_id,
-            number=view.epoch.number,
-            nonce=view.epoch.nonce,
-            held=str(Position(last.epoch, last.seq, view.epoch.nonce)),
+            number=head.epoch.number,
+            nonce=head.epoch.nonce,
+            held=head.position.stream_id,
             commit=self.disk.commit,
         )
-        beat = view.beat
-        if beat is None or not self.confirms(beat, view):
+        beat = head.beat
+        if beat is None or not self.confirms(beat, head):
             return report
         return msgspec.structs.replace(
             report, beat_n=beat.n, beat_at_ms=beat.at_ms, beat_position=beat.position.stream_id
         )
 
-    def confirms(self, beat: Beat, view: LogView) -> bool:
+    def confirms(self, beat: Beat, head: LogHead) -> bool:
         """Rules 4 and 6, and only once everything up to the beat is on disk."""
-        last = view.log[-1][0]
         return (
-            beat.nonce == view.epoch.nonce
-            and view.epoch.open
+            beat.nonce == head.epoch.nonce
+            and head.epoch.open
             and beat.n > self._merged_beat
-            and last[:2] >= beat.position[:2]
+            and head.position[:2] >= beat.position[:2]
         )
-
-
-def renewed(report: Report | None, newer: Report) -> Report:
-    """The record after a report: within one nonce nothing moves back, and a beat once confirmed stays so."""
-    if report is None or report.epoch != newer.epoch or report.keeper_id != newer.keeper_id:
-        return newer
-    if newer.beat_n < report.beat_n:
-        newer = msgspec.structs.replace(
-            newer, beat_n=report.beat_n, beat_at_ms=report.beat_at_ms, beat_position=report.beat_position
-        )
-    if Position.parse(newer.held)[:2] < Position.parse(report.held)[:2]:
-        newer = msgspec.structs.replace(newer, held=report.held)
-    return newer
-
-
-def opened(epoch: Epoch) -> Epoch:
-    """The epoch after it opened: its link in the chain says so."""
-    last = msgspec.structs.replace(epoch.chain[-1], opened=True)
-    return replace(epoch, open=True, chain=(*epoch.chain[:-1], last))

@@ -35,7 +35,7 @@ def check_opened(world: World) -> None:
         epoch = server.data.epoch
         if server.upstream is not None or epoch is None or not epoch.open or not server.same_server(epoch):
             continue
-        promised = max((r.keeper.disk.promise for r in world.regions.values() if r.keeper.disk.promise), default=None)
+        promised = max((r.disk.promise for r in world.regions.values() if r.disk.promise), default=None)
         if promised is not None and promised > (epoch.number, epoch.nonce):
             continue
         held = {entry.value for _, entry in server.data.log}
@@ -49,7 +49,7 @@ def check_healed(world: World) -> None:
 
     What was pending and was stored only by a keeper that lost its disk is gone: it was never acknowledged.
     """
-    disks = [region.keeper.disk for region in world.regions.values()]
+    disks = [region.disk for region in world.regions.values()]
     stored = {entry.value: entry for disk in disks for entry in disk.entries.values() if entry.kind == "jti"}
     owed = stored | {acknowledged.entry.value: acknowledged.entry for acknowledged in world.acknowledged}
     for region in world.regions.values():

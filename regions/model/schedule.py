@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from keyservice.core.keepers import key_of
+from keyservice.core.evidence import key_of
 from regions.model.checkers import Violation, check_always, check_healed, check_opened, is_healed
 from regions.model.mutants import HEALTHY, Mutant
 from regions.model.server import Refused
@@ -275,7 +275,7 @@ class Schedule:
         epoch = self.world.regions[self.latest].server.data.epoch
         if epoch is None or not epoch.open or len(self.world.protocol.voters(epoch)) < 3:
             return False
-        key, disks = key_of(epoch), {r.keeper.disk.keeper_id: r.keeper.disk for r in self.world.regions.values()}
+        key, disks = key_of(epoch), {r.disk.keeper_id: r.disk for r in self.world.regions.values()}
         owed = {acknowledged.entry.digest() for acknowledged in self.world.acknowledged}
         voters = [disks.get(keeper_id) for keeper_id in self.world.protocol.voters(epoch).values()]
         return all(
@@ -289,7 +289,7 @@ class Schedule:
         self.mutant.lose(self.world, region)
         if self.rng.random() < with_server and region.server.upstream is not None:
             region.server.wipe(self.world.fresh())
-        self.world.say(f"keeper {region.name} lost its disk; it is {region.keeper.disk.keeper_id} now")
+        self.world.say(f"keeper {region.name} lost its disk; it is {region.disk.keeper_id} now")
 
     def change_voters(self) -> None:
         """An operator gives seats to the keepers that now run in all regions, or in three of them."""
@@ -302,7 +302,7 @@ class Schedule:
         server = self.world.primary_for(region)
         if server is None or server.data.epoch is None:
             return
-        voters = {name: self.world.regions[name].keeper.disk.keeper_id for name in seats}
+        voters = {name: self.world.regions[name].disk.keeper_id for name in seats}
         try:
             seen = key_of(server.checked(key_of(server.data.epoch)))
         except Refused:

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import msgspec
 
-from keyservice.core.keepers import EpochKey, Protocol, Report, Voters, key_of, opened, renewed
+from keyservice.core.evidence import EpochKey, Protocol, Report, Voters, key_of, opened, renewed
 from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Meta, Position
 
 __all__ = ["EMPTY", "Data", "Refused", "Server", "StoredEntry"]
@@ -39,13 +39,24 @@ class Data:
 
     meta: Meta | None = None
     epoch: Epoch | None = None
-    known: tuple[EpochLink, ...] = ()
     log: tuple[tuple[Position, Entry], ...] = ()
     beat: Beat | None = None
     reports: Mapping[str, Report] = field(default_factory=dict)
 
 
 EMPTY = Data()
+
+
+def named(epoch: Epoch, links: Iterable[EpochLink]) -> Epoch:
+    """The epoch after a keeper has named the epochs that it knows."""
+    chain = {key_of(link): link for link in epoch.chain}
+    known = {key_of(link): link for link in epoch.known}
+    for link in links:
+        target = chain if key_of(link) in chain else known
+        held = target.get(key_of(link))
+        if held is None or (link.opened and not held.opened):
+            target[key_of(link)] = link if held is None else msgspec.structs.replace(held, opened=True)
+    return replace(epoch, chain=tuple(chain.values()), known=tuple(known.values()))
 
 
 class Server:
@@ -120,21 +131,9 @@ class Server:
         log = list(self.data.log)
         first = log[-1][0].seq + 1 if log[-1][0].epoch == epoch.number else 1
         log += [(Position(epoch.number, first + i, epoch.nonce), entry) for i, entry in enumerate(entries)]
-        chain, known = self._named(epoch, links)
-        self._write(log=tuple(log), epoch=replace(epoch, chain=chain), known=known)
+        self._write(log=tuple(log), epoch=named(epoch, links))
         beat = self.data.beat
         return beat.n if beat is not None and beat.nonce == epoch.nonce else -1
-
-    def _named(self, epoch: Epoch, links: Iterable[EpochLink]) -> tuple[tuple[EpochLink, ...], tuple[EpochLink, ...]]:
-        """The chain and the other known epochs after a keeper has named what it knows."""
-        chain = {key_of(link): link for link in epoch.chain}
-        known = {key_of(link): link for link in self.data.known}
-        for link in links:
-            target = chain if key_of(link) in chain else known
-            held = target.get(key_of(link))
-            if held is None or (link.opened and not held.opened):
-                target[key_of(link)] = link if held is None else msgspec.structs.replace(held, opened=True)
-        return tuple(chain.values()), tuple(known.values())
 
     def put_report(self, report: Report) -> None:
         """Put a keeper's evidence in place."""
@@ -187,10 +186,11 @@ class Server:
         number = max(*numbers, 0 if last is None else last.epoch + 1)
         link = EpochLink(number, nonce, None if last is None else str(last), dict(voters), False)
         chain = (*(held.chain if held is not None else ()), link)
+        known = held.known if held is not None else ()
         start = StoredEntry(f"epoch-{nonce}", "epoch", "", f"{nonce} {last or '-'}", None, 0, "", now_ms, region)
         self._write(
             meta=self.data.meta or Meta(nonce, None, 1, 1, 86_400),
-            epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain),
+            epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain, known),
             log=(*self.data.log, (Position(number, 0, nonce), start)),
         )
         return key_of(link)

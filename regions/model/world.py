@@ -9,7 +9,8 @@ import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from keyservice.core.keepers import Add, Bump, Disk, EpochKey, Keeper, LogView, Protocol, Step, key_of
+from keyservice.core.evidence import EpochKey, LogHead, Protocol, key_of
+from keyservice.core.keepers import Add, Bump, Keeper, MemoryDisk, Register, Send, Step
 from regions.model.server import Data, Refused, Server, StoredEntry
 from verifier.freshness import Freshness
 from verifier.log import Entry, Epoch, FormatError, Position
@@ -29,21 +30,17 @@ def _raw(position: Position, entry: Entry) -> tuple[bytes, dict[bytes, bytes]]:
     return position.stream_id.encode(), {k.encode(): v.encode() for k, v in entry.encode().items()}
 
 
-class SimVerifier:
-    """A verifier's mirror, as `verifier.replica` puts it together, over a server of the model."""
+class Tail:
+    """Somebody who follows the log without a gap, as `verifier.replica` does, over a server of the model."""
 
-    freshness_type = Freshness
-
-    def __init__(self, wall_offset_ms: int) -> None:
-        self.wall_offset_ms = wall_offset_ms
-        self.mirror = Mirror()
-        self.freshness = self.freshness_type(MAX_SKEW_S)
+    def __init__(self) -> None:
         self.reader: Reader | None = None
         self.known_gaps: frozenset[Gap] = frozenset()
 
     def round(self, data: Data, now_ms: int) -> None:
         """One round of reading; whatever contradicts what was read makes it read again, and it keeps what it has."""
         if data.meta is None or data.epoch is None:
+            self.reader = None
             return
         tolerant = False
         for _ in range(3):
@@ -63,14 +60,39 @@ class SimVerifier:
         assert data.epoch is not None
         reader = self.reader or Reader(data.meta, data.epoch, tolerant, self.known_gaps)
         since = reader.position
+        if since is None:
+            self.begin()
         reader.check(data.meta, data.epoch, data.log[-1][0][:2]) if since is not None else None
         unread = data.log if since is None else [item for item in data.log if item[0][:2] > since[:2]]
         accepted = reader.accept(_raw(position, entry) for position, entry in unread)
         reader.tolerant = False
         self.reader = reader
-        entries = [entry for _, entry in accepted]
-        self.mirror.apply(entries)
-        assert reader.position is not None
+        stored = {position[:2]: entry for position, entry in unread}  # the very objects, which know their digests
+        self.take([(position, stored[position[:2]]) for position, _ in accepted], data, reader, now_ms)
+
+    def begin(self) -> None:
+        """The log is read from its first entry."""
+
+    def take(self, accepted: list[tuple[Position, Entry]], data: Data, reader: Reader, now_ms: int) -> None:
+        """New entries, and the state beside them."""
+        raise AssertionError("a tail does something with what it reads")
+
+
+class SimVerifier(Tail):
+    """A verifier's mirror."""
+
+    freshness_type = Freshness
+
+    def __init__(self, wall_offset_ms: int) -> None:
+        super().__init__()
+        self.wall_offset_ms = wall_offset_ms
+        self.mirror = Mirror()
+        self.freshness = self.freshness_type(MAX_SKEW_S)
+
+    def take(self, accepted: list[tuple[Position, Entry]], data: Data, reader: Reader, now_ms: int) -> None:
+        """Enforce the entries, and hear the beat."""
+        self.mirror.apply(entry for _, entry in accepted)
+        assert data.epoch is not None
         self._hear(data, data.epoch, reader, now_ms)
 
     def _hear(self, data: Data, epoch: Epoch, reader: Reader, now_ms: int) -> None:
@@ -92,6 +114,31 @@ class SimVerifier:
         return self.mirror.snapshot.find(issuer=ISSUER, jti=entry.value) is not None
 
 
+class KeeperTail(Tail):
+    """A keeper's way to the log: what it reads goes to the keeper, and where it stands is kept for the next step."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        super().__init__()
+        self.keeper = keeper
+        self.head: LogHead | None = None
+
+    def round(self, data: Data, now_ms: int) -> None:
+        """One round; ``head`` is None where it was not read to its end."""
+        self.head = None
+        super().round(data, now_ms)
+
+    def begin(self) -> None:
+        """Nothing on the keeper's disk was seen in this log yet."""
+        self.keeper.begin()
+
+    def take(self, accepted: list[tuple[Position, Entry]], data: Data, reader: Reader, now_ms: int) -> None:
+        """Everything that is read is stored."""
+        assert data.epoch is not None
+        assert reader.position is not None
+        self.keeper.read(accepted, (*data.epoch.chain, *data.epoch.known))
+        self.head = LogHead(data.epoch, data.beat, reader.position, reader.holed_nonce == data.epoch.nonce)
+
+
 @dataclass(frozen=True, slots=True)
 class InFlight:
     """A keeper's step on its way to a server. It may arrive after the keeper that sent it has died."""
@@ -107,13 +154,25 @@ class Region:
 
     name: str
     server: Server
-    keeper: Keeper
+    tail: KeeperTail
     verifier: SimVerifier
     primary: str
     keeper_up: bool = True
     seen: EpochKey | None = None
     pending: list[Entry] = field(default_factory=list)
     in_flight: InFlight | None = None
+
+    @property
+    def keeper(self) -> Keeper:
+        """The region's keeper."""
+        return self.tail.keeper
+
+    @property
+    def disk(self) -> MemoryDisk:
+        """Its disk."""
+        disk = self.tail.keeper.disk
+        assert isinstance(disk, MemoryDisk)
+        return disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +193,7 @@ class World:
         rng: random.Random,
         *,
         keeper: type[Keeper] = Keeper,
-        disk: type[Disk] = Disk,
+        disk: type[MemoryDisk] = MemoryDisk,
         verifier: type[SimVerifier] = SimVerifier,
         server: type[Server] = Server,
         voters: list[str] | None = None,
@@ -153,7 +212,7 @@ class World:
             self.regions[name] = Region(
                 name,
                 server(name, protocol, self.fresh()),
-                keeper(name, disk(f"keeper-{name}-{self.fresh()}")),
+                KeeperTail(keeper(name, disk(f"keeper-{name}-{self.fresh()}"))),
                 verifier(offset),
                 names[0],
             )
@@ -161,11 +220,11 @@ class World:
         home = self.regions[names[0]].server
         for region in list(self.regions.values())[1:]:
             region.server.upstream = home
-        seats = {name: self.regions[name].keeper.disk.keeper_id for name in voters or names}
+        seats = {name: self.regions[name].disk.keeper_id for name in voters or names}
         home.bump(None, self.nonce(), above=0, voters=seats, now_ms=self.now_ms, region=names[0])
         assert home.data.epoch is not None
         for region in self.regions.values():  # first start: every seat's keeper has registered
-            region.keeper.disk.store([], home.data.epoch.chain)
+            region.disk.store([], home.data.epoch.chain)
 
     def fresh(self) -> int:
         """A number that was never used before."""
@@ -211,7 +270,8 @@ class World:
         taken = [entry.id for other in self.regions.values() for entry in other.pending]
         name = self.rng.choice(taken) if taken and self.rng.random() < 0.05 else value
         entry = StoredEntry(name, "jti", ISSUER, value, None, 4_000_000_000, "", self.now_ms, region.name)
-        region.keeper.disk.store([entry], [])
+        held_up_s = self.rng.choice((0, 0, 1, 5))
+        region.keeper.intend([entry], self.now_ms / 1000 + held_up_s)
         region.pending.append(entry)
         if self.rng.random() < 0.95:
             self.append(region, entry)
@@ -228,7 +288,7 @@ class World:
                 return
             try:
                 server.append(region.seen, [entry])
-                region.keeper.appended(region.seen, entry)
+                region.keeper.appended(region.seen, [entry])
                 self.say(f"{region.name} appends {entry.value} on {server.region} in {_short(region.seen)}")
             except Refused as refused:
                 if not self.react(region, server, str(refused)):
@@ -269,7 +329,7 @@ class World:
         epoch = data.epoch
         if epoch is None or epoch.open:
             return
-        if self.protocol.may_open(epoch, data.known, data.reports.values()):
+        if self.protocol.may_open(epoch, data.reports.values()):
             try:
                 server.open_epoch(key_of(epoch), self.now_ms)
                 self.say(f"{region.name} opens {_short(key_of(epoch))} on {server.region}")
@@ -293,24 +353,26 @@ class World:
         """One turn of the region's keeper; its step arrives in a later turn with the probability `late`."""
         if not region.keeper_up or not region.server.alive:
             return
+        tail, data = region.tail, region.server.data
         if region.in_flight is not None:
+            if late and self.rng.random() < 0.5:
+                tail.round(data, self.now_ms)
             self.arrive(region)
             return
-        keeper, data = region.keeper, region.server.data
-        view = None if data.epoch is None else LogView(data.epoch, data.known, data.log, data.beat)
-        if view is not None:
-            keeper.read(view)
-        step = keeper.next_step(view)
-        if step is None:
+        tail.round(data, self.now_ms)
+        if data.epoch is not None and tail.head is None:
             return
-        region.in_flight = InFlight(step, region.primary, keeper)
+        step = tail.keeper.next_step(tail.head, self.now_ms / 1000)
+        if step is None or isinstance(step, Register):
+            return
+        region.in_flight = InFlight(step, region.primary, tail.keeper)
         if late == 0.0 or self.rng.random() >= late:
             self.arrive(region)
 
     def crash(self, region: Region) -> None:
         """The region's keeper dies: its step arrives without it later, or never does."""
         self.say(f"keeper {region.name} crashes")
-        region.keeper = self._keeper(region.name, region.keeper.disk)
+        region.tail = KeeperTail(self._keeper(region.name, region.disk))
         if self.rng.random() < 0.5:
             region.in_flight = None
 
@@ -338,8 +400,8 @@ class World:
             beat_n = server.append(step.seen, step.entries, step.links)
             self.say(f"keeper {region.name} adds {len(step.entries)} entries to {_short(step.seen)}")
             if region.keeper is sent.keeper:
-                sent.keeper.merged(step, beat_n)
-        else:
+                sent.keeper.added(step, beat_n, self.now_ms / 1000)
+        elif isinstance(step, Send):
             server.put_report(step.report)
 
     def look(self, region: Region, *, torn: float = 0.0) -> None:

@@ -1,0 +1,157 @@
+"""What keepers say of themselves, and what follows when enough of them say it: rules 1, 3 and 4. Pure.
+
+The rules themselves stand in :mod:`keyservice.core.keepers`. Each is one method of :class:`Protocol`, so that a model
+can do without one and see what breaks. ``beat.lua`` counts confirmed beats by the same rule inside the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import msgspec
+
+from verifier.log import Beat, Epoch, EpochLink, Position, parse_stream_id
+
+__all__ = ["EpochKey", "LogHead", "Protocol", "Report", "Voters", "key_of", "majority", "opened", "renewed"]
+
+Voters = Mapping[str, str]
+"""Region to keeper id; an empty id is a vacant seat."""
+
+
+class EpochKey(NamedTuple):
+    """An epoch's identity, in the order of promises."""
+
+    number: int
+    nonce: str
+
+
+def key_of(epoch: Epoch | EpochLink) -> EpochKey:
+    """The identity of an epoch or of a link of its chain."""
+    return EpochKey(epoch.number, epoch.nonce)
+
+
+class LogHead(NamedTuple):
+    """Where a log that was read to its end stands. ``holed``: this epoch's log lacks an entry that it must have had."""
+
+    epoch: Epoch
+    beat: Beat | None
+    position: Position
+    holed: bool = False
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a keeper says of itself in ``{trust}:region:<r>``. Sent only once it is merged into the epoch.
+
+    ``held`` is the stream id up to which everything is on disk. ``beat_*`` is the newest beat that it confirms, -1 for
+    none yet. ``commit`` counts its disk's commits, to tell a restored copy from the original.
+    """
+
+    region: str
+    keeper_id: str
+    number: int
+    nonce: str
+    held: str
+    commit: int
+    beat_n: int = -1
+    beat_at_ms: int = 0
+    beat_position: str = ""
+
+    @property
+    def epoch(self) -> EpochKey:
+        """The epoch that this is evidence for."""
+        return EpochKey(self.number, self.nonce)
+
+
+def majority(voters: Voters) -> int:
+    """How many of these voters make a majority."""
+    return len(voters) // 2 + 1
+
+
+class Protocol:
+    """The decisions that are made by counting; one method a rule."""
+
+    def counts(self, report: Report, epoch: Epoch) -> bool:
+        """Rule 1: evidence counts in the very epoch that it was given for."""
+        return report.epoch == key_of(epoch)
+
+    def holds(self, report: Report, position: Position) -> bool:
+        """Whether this keeper has the position on disk."""
+        return parse_stream_id(report.held) >= position[:2]
+
+    def voters(self, epoch: Epoch) -> Voters:
+        """The voters of the current epoch."""
+        return epoch.chain[-1].voters
+
+    def merged_ids(self, epoch: Epoch, reports: Iterable[Report]) -> frozenset[str]:
+        """Keepers that are merged into the epoch."""
+        return frozenset(report.keeper_id for report in reports if self.counts(report, epoch))
+
+    def has_majority(self, voters: Voters, ids: frozenset[str]) -> bool:
+        """Whether these keepers hold a majority of the seats."""
+        return sum(keeper_id in ids for keeper_id in voters.values() if keeper_id) >= majority(voters)
+
+    def electorates(self, epoch: Epoch) -> list[Voters]:
+        """Rule 3: every voter set since the newest epoch known to have opened, that one's and this one's included.
+
+        An epoch not known to have opened may have: whoever opened it may be out of reach. One with too few keepers in
+        its seats cannot have. Keepers that an operator gave up for good have no seat in any of them.
+        """
+        links = sorted({key_of(link): link for link in (*epoch.known, *epoch.chain)}.values(), key=key_of)
+        opened = [key_of(link) for link in links if link.opened and key_of(link) < key_of(epoch)]
+        since = max(opened) if opened else key_of(links[0])
+        able = [link.voters for link in links if since <= key_of(link) < key_of(epoch) and _could_open(link.voters)]
+        forgotten = {keeper_id for link in links for keeper_id in link.forgotten}
+        return [*_without(able, forgotten), epoch.chain[-1].voters]
+
+    def may_open(self, epoch: Epoch, reports: Iterable[Report]) -> bool:
+        """Rule 3: whether enough keepers have merged."""
+        ids = self.merged_ids(epoch, reports)
+        return all(self.has_majority(voters, ids) for voters in self.electorates(epoch))
+
+    def holders(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> frozenset[str]:
+        """Keepers that are merged into the epoch and hold this position of its history."""
+        return frozenset(r.keeper_id for r in reports if self.counts(r, epoch) and self.holds(r, position))
+
+    def is_replicated(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> bool:
+        """Rule 1: whether the entry at this position of the epoch's history may be acknowledged."""
+        return epoch.open and self.has_majority(self.voters(epoch), self.holders(position, epoch, reports))
+
+    def confirmed(self, epoch: Epoch, reports: Iterable[Report]) -> Report | None:
+        """Rule 4: the report with the newest beat that a majority of the voters has reached, or None."""
+        if not epoch.open:
+            return None
+        seats = set(self.voters(epoch).values()) - {""}
+        reached = [r for r in reports if self.counts(r, epoch) and r.keeper_id in seats and r.beat_n >= 0]
+        reached.sort(key=lambda report: report.beat_n, reverse=True)
+        needed = majority(self.voters(epoch))
+        return reached[needed - 1] if len(reached) >= needed else None
+
+
+def _could_open(voters: Voters) -> bool:
+    return sum(bool(keeper_id) for keeper_id in voters.values()) >= majority(voters)
+
+
+def _without(electorates: Iterable[Voters], forgotten: set[str]) -> list[Voters]:
+    left = ({r: keeper_id for r, keeper_id in voters.items() if keeper_id not in forgotten} for voters in electorates)
+    return [voters for voters in left if voters]
+
+
+def renewed(report: Report | None, newer: Report) -> Report:
+    """The record after a report: within one nonce nothing moves back, and a beat once confirmed stays so."""
+    if report is None or report.epoch != newer.epoch or report.keeper_id != newer.keeper_id:
+        return newer
+    if newer.beat_n < report.beat_n:
+        newer = msgspec.structs.replace(
+            newer, beat_n=report.beat_n, beat_at_ms=report.beat_at_ms, beat_position=report.beat_position
+        )
+    if parse_stream_id(newer.held) < parse_stream_id(report.held):
+        newer = msgspec.structs.replace(newer, held=report.held)
+    return newer
+
+
+def opened(epoch: Epoch) -> Epoch:
+    """The epoch after it opened: its link in the chain says so."""
+    last = msgspec.structs.replace(epoch.chain[-1], opened=True)
+    return replace(epoch, open=True, chain=(*epoch.chain[:-1], last))
