@@ -37,3 +37,45 @@ local function server_ms()
   local time = redis.call('TIME')
   return string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 end
+
+-- A list of epochs as JSON: an empty table would be written as an object.
+local function encode_links(links)
+  return #links == 0 and '[]' or cjson.encode(links)
+end
+
+local function decode_links(text)
+  return cjson.decode(text or '[]')
+end
+
+-- The newest beat that a majority of the voters has confirmed, by the rule of keyservice.core.evidence, or nil.
+local function confirmed_beat(voters, number, nonce)
+  local seats, reached = 0, {}
+  for region, keeper_id in pairs(cjson.decode(voters)) do
+    seats = seats + 1
+    local report = redis.call('HMGET', '{trust}:region:' .. region, 'keeper_id', 'number', 'nonce', 'beat_n', 'beat_at',
+      'beat_position')
+    local n = tonumber(report[4] or '-1')
+    if keeper_id ~= '' and report[1] == keeper_id and report[2] == number and report[3] == nonce and n >= 0 then
+      table.insert(reached, {n = n, at = report[5], position = report[6]})
+    end
+  end
+  table.sort(reached, function(a, b) return a.n > b.n end)
+  return reached[math.floor(seats / 2) + 1]
+end
+
+-- Say how far the log goes and which beat is confirmed. The caller has checked the epoch.
+local function write_beat(beat_key, epoch_key, log_key, number, nonce, now_ms)
+  local held = redis.call('HMGET', beat_key, 'nonce', 'n')
+  local n = held[1] == nonce and string.format('%.0f', tonumber(held[2]) + 1) or '0'
+  local last = redis.call('XREVRANGE', log_key, '+', '-', 'COUNT', 1)[1]
+  local epoch = redis.call('HMGET', epoch_key, 'open', 'voters', 'keys_n')
+  local confirmed = epoch[1] == '1' and confirmed_beat(epoch[2] or '{}', number, nonce)
+  redis.call('HSET', beat_key, 'nonce', nonce, 'n', n, 'at', now_ms, 'position', last and last[1] or number .. '-0',
+    'generation', number .. '-' .. (epoch[3] or '0'))
+  if confirmed then
+    redis.call('HSET', beat_key, 'confirmed_n', string.format('%.0f', confirmed.n), 'confirmed_at', confirmed.at,
+      'confirmed_position', confirmed.position)
+  else
+    redis.call('HDEL', beat_key, 'confirmed_n', 'confirmed_at', 'confirmed_position')
+  end
+end

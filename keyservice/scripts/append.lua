@@ -1,17 +1,48 @@
--- Append revocations to the log. KEYS: log, epoch. ARGV: number, nonce, then per entry the eight fields that the caller
--- knows (id, kind, issuer, value, before, expires_at, reason, region). Returns {first seq, last seq, at (ms)}.
+-- Append entries to the log, and name epochs. KEYS: log, epoch, beat. ARGV: number, nonce, the epochs that the caller
+-- knows (JSON, "" for none), then per entry nine fields (id, kind, issuer, value, before, expires_at, reason, at, region);
+-- an `at` of 0 becomes the server's time. Returns {first seq, last seq ("" for no entries), the server's time (ms), the
+-- newest beat of this epoch (-1: none)}.
 local refusal = check_epoch(KEYS[2], ARGV[1], ARGV[2])
 if refusal then
   return refusal
 end
 
-local at = server_ms()
+local now_ms = server_ms()
 local auto_id = ARGV[1] .. '-*'
-local first, last
-for i = 3, #ARGV, 8 do
+local first, last = '', ''
+for i = 4, #ARGV, 9 do
   last = redis.call('XADD', KEYS[1], auto_id,
     'v', '1', 'id', ARGV[i], 'kind', ARGV[i + 1], 'issuer', ARGV[i + 2], 'value', ARGV[i + 3],
-    'before', ARGV[i + 4], 'expires_at', ARGV[i + 5], 'reason', ARGV[i + 6], 'at', at, 'region', ARGV[i + 7])
-  first = first or last
+    'before', ARGV[i + 4], 'expires_at', ARGV[i + 5], 'reason', ARGV[i + 6],
+    'at', ARGV[i + 7] == '0' and now_ms or ARGV[i + 7], 'region', ARGV[i + 8])
+  if first == '' then
+    first = last
+  end
 end
-return {string.match(first, '-(%d+)$'), string.match(last, '-(%d+)$'), at}
+
+if ARGV[3] ~= '' then
+  local held = redis.call('HMGET', KEYS[2], 'chain', 'known')
+  local chain, known = decode_links(held[1]), decode_links(held[2])
+  local by_key = {}
+  local function key(link)
+    return string.format('%.0f.', link.number) .. link.nonce
+  end
+  for _, links in ipairs({known, chain}) do
+    for _, link in ipairs(links) do
+      by_key[key(link)] = link
+    end
+  end
+  for _, link in ipairs(cjson.decode(ARGV[3])) do
+    local mine = by_key[key(link)]
+    if not mine then
+      table.insert(known, link)
+    elseif link.opened then
+      mine.opened = true
+    end
+  end
+  redis.call('HSET', KEYS[2], 'chain', encode_links(chain), 'known', encode_links(known))
+end
+
+local beat = redis.call('HMGET', KEYS[3], 'nonce', 'n')
+return {string.match(first, '-(%d+)$') or '', string.match(last, '-(%d+)$') or '', now_ms,
+  beat[1] == ARGV[2] and beat[2] or '-1'}

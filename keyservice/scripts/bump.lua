@@ -1,25 +1,29 @@
 -- Open a new epoch by compare-and-set. KEYS: meta, epoch, log.
--- ARGV: number and nonce of the epoch that the caller saw ("" if none), the new nonce, the caller's promise (a number),
--- entry id, region, whether the caller may start a log that does not exist ("1"), and for that: incarnation, format,
--- max_token_lifetime_s.
--- Returns {"bumped", number}, {"lost"} if the epoch is another one by now, or {"waiting"} if there is no log to bump.
+-- ARGV: number and nonce of the epoch that the caller saw ("" if none), the new nonce, a number to be above (a promise),
+-- entry id, region, voters (JSON; "" keeps those of the epoch before), forgotten keeper ids (JSON list; "" for none), "1"
+-- if the caller may do it only where some of the log is missing, and what meta is made of if that is missing:
+-- incarnation ("" if the caller may not make it), format, min_reader_format, max_token_lifetime_s.
+-- Returns {"bumped", number}, {"lost"} if things are not as the caller saw them, or {"waiting"} if there is no meta.
 local replid, refusal = master_replid()
 if not replid then
   return refusal
 end
 
 local held = redis.call('HMGET', KEYS[2], 'number', 'nonce', 'chain')
-local number, nonce, chain = held[1] or '', held[2] or '', held[3] or '[]'
+local number, nonce, chain = held[1] or '', held[2] or '', decode_links(held[3] or nil)
 if number ~= ARGV[1] or nonce ~= ARGV[2] then
+  return {'lost'}
+end
+if ARGV[9] == '1' and redis.call('EXISTS', KEYS[1], KEYS[2], KEYS[3]) == 3 then
   return {'lost'}
 end
 
 if redis.call('EXISTS', KEYS[1]) == 0 then
-  if ARGV[7] ~= '1' then
+  if ARGV[10] == '' then
     return {'waiting'}
   end
-  redis.call('HSET', KEYS[1], 'incarnation', ARGV[8], 'trimmed_to', '', 'writer_format', ARGV[9],
-    'min_reader_format', ARGV[9], 'max_token_lifetime_s', ARGV[10])
+  redis.call('HSET', KEYS[1], 'incarnation', ARGV[10], 'trimmed_to', '', 'writer_format', ARGV[11],
+    'min_reader_format', ARGV[12], 'max_token_lifetime_s', ARGV[13])
 end
 
 local now_ms = server_ms()
@@ -29,25 +33,27 @@ local following = string.format('%.0f', math.max(
   tonumber(number ~= '' and number or '0') + 1, tonumber(ARGV[4]) + 1, tonumber(last_number) + 1, tonumber(now_ms)))
 
 -- The last position before this epoch, with the nonce that its epoch has in this history.
-local previous = '-'
-if last then
-  for _, link in ipairs(cjson.decode(chain)) do
-    if string.format('%.0f', link.number) == last_number then
-      previous = last[1] .. '.' .. link.nonce
-    end
+local previous
+for _, link in ipairs(chain) do
+  if last and string.format('%.0f', link.number) == last_number then
+    previous = last[1] .. '.' .. link.nonce
   end
 end
 
-local previous_json = previous == '-' and 'null' or '"' .. previous .. '"'
-local link = '{"number":' .. following .. ',"nonce":"' .. ARGV[3] .. '","previous":' .. previous_json
-  .. ',"voters":{},"opened":false}'
-local links = string.match(chain, '^%[(.*)%]$') or ''
-if links ~= '' then
-  links = links .. ','
+local voters = ARGV[7]
+if voters == '' then
+  voters = #chain > 0 and cjson.encode(chain[#chain].voters) or '{}'
 end
+local link = {number = tonumber(following), nonce = ARGV[3], previous = previous or cjson.null,
+  voters = cjson.decode(voters), opened = false}
+if ARGV[8] ~= '' then
+  link.forgotten = cjson.decode(ARGV[8])
+end
+table.insert(chain, link)
 
 redis.call('XADD', KEYS[3], following .. '-0', 'v', '1', 'id', ARGV[5], 'kind', 'epoch', 'issuer', '',
-  'value', ARGV[3] .. ' ' .. previous, 'before', '', 'expires_at', '0', 'reason', '', 'at', now_ms, 'region', ARGV[6])
+  'value', ARGV[3] .. ' ' .. (previous or '-'), 'before', '', 'expires_at', '0', 'reason', '', 'at', now_ms,
+  'region', ARGV[6])
 redis.call('HSET', KEYS[2], 'number', following, 'nonce', ARGV[3], 'replid', replid, 'open', '0', 'keys_n', '0',
-  'chain', '[' .. links .. link .. ']')
+  'voters', voters, 'chain', encode_links(chain))
 return {'bumped', following}
