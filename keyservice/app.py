@@ -19,7 +19,8 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from verifier.log import Entry, Position
-from verifier.replica import ReplicaMirror, View
+from verifier.mirroring import LogListener, View
+from verifier.replica import ReplicaMirror
 from verifier.revocations import Snapshot
 
 from .api import admin_keys, admin_revocations, admin_sessions, health, oauth, problems
@@ -108,8 +109,8 @@ class Service:
             source_address=settings.source_address,
             max_skew_s=settings.max_skew_s,
             drop_grace_s=settings.drop_grace_s,
-            on_entries=self._on_entries,
         )
+        self.mirror.listen(_Entries(self._on_entries))
 
     def _build_keys(self, settings: Settings, kek: Kek) -> None:
         self.ring = Keyring(kek, settings.region, is_revoked=self._kid_revoked, executor=self._executor)
@@ -347,6 +348,16 @@ class Service:
             "beat": self.beats.problem or "ok",
             "clock_skew_s": self.beats.skew_s,
         }
+
+
+class _Entries(LogListener):
+    """Hands on the entries that the mirror reads."""
+
+    def __init__(self, on_entries: Callable[[list[tuple[Position, Entry]]], None]) -> None:
+        self._on_entries = on_entries
+
+    def entries(self, accepted: list[tuple[Position, Entry]]) -> None:
+        self._on_entries(accepted)
 
 
 def _fastapi(*routers: APIRouter) -> FastAPI:

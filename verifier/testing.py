@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from .freshness import Freshness, Heard
 from .jwk import thumbprint
 from .log import CUTOFF_KINDS, NEVER_EXPIRES, Entry, Epoch, Generation, Position
-from .replica import View
+from .mirroring import View
 from .revocations import Mirror
 
 __all__ = ["ManualClock", "SigningKey", "StaticKeys", "StaticRevocations", "make_key", "sign"]

@@ -37,7 +37,8 @@ from .jwks_client import JwksClient
 from .keys import KeysView
 from .limits import UNKNOWN_KID_WAIT_S
 from .log import FormatError, Position
-from .replica import ReplicaMirror, View
+from .mirroring import View
+from .replica import ReplicaMirror
 from .revocations import Snapshot
 from .settings import (
     Secret,

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import padding
 from verifier import InvalidToken, Verifier
 from verifier.freshness import Heard
 from verifier.log import CUTOFF_KINDS, NEVER_EXPIRES, Entry, Position
-from verifier.replica import View
+from verifier.mirroring import View
 from verifier.revocations import Mirror, Snapshot
 from verifier.testing import ManualClock, SigningKey, StaticKeys, StaticRevocations, b64url, sign
 

@@ -27,7 +27,7 @@ from tests.verifier.support import (
 from verifier import ConfigurationError, RevokedToken, Undecidable
 from verifier.freshness import Freshness
 from verifier.log import Position
-from verifier.replica import View
+from verifier.mirroring import View
 from verifier.testing import SigningKey
 
 

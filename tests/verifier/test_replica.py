@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import redis
 from tests.verifier.support import ISSUER, NONCE, NONCE_2, entry, until
 from tests.verifier.valkey import PASSWORD, Primary, Server, command, live, running
 from verifier.freshness import Staleness
-from verifier.log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY
+from verifier.log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Entry, Position
+from verifier.mirroring import LogListener
 from verifier.replica import ReplicaMirror
 
 
@@ -55,9 +56,19 @@ def primary(client: redis.Redis) -> Primary:
     return Primary(client)
 
 
+class OnEntries(LogListener):
+    def __init__(self, call: Callable[[list[tuple[Position, Entry]]], None]) -> None:
+        self.call = call
+
+    def entries(self, accepted: list[tuple[Position, Entry]]) -> None:
+        self.call(accepted)
+
+
 @contextmanager
-def mirroring(server: Server | str, **settings: Any) -> Iterator[ReplicaMirror]:
+def mirroring(server: Server | str, *listeners: LogListener, **settings: Any) -> Iterator[ReplicaMirror]:
     mirror = ReplicaMirror(server if isinstance(server, str) else server.url, **settings)
+    for listener in listeners:
+        mirror.listen(listener)
     mirror.start()
     try:
         yield mirror
@@ -128,7 +139,7 @@ def test_a_log_that_appears_later_is_waited_for(server: Server, client: redis.Re
 
 def test_entries_are_handed_on_in_order_with_their_positions(server: Server, primary: Primary) -> None:
     seen: list[str] = []
-    with mirroring(server, on_entries=lambda batch: seen.extend(f"{p}={e.value}" for p, e in batch)) as mirror:
+    with mirroring(server, OnEntries(lambda batch: seen.extend(f"{p}={e.value}" for p, e in batch))) as mirror:
         reaches(mirror, primary.position)
         primary.append(*live("jti", ["a", "b"]))
         reaches(mirror, primary.position)
@@ -504,7 +515,7 @@ def test_a_closed_mirror_can_be_started_again_and_goes_on(server: Server, primar
 def test_expired_entries_are_dropped_by_the_beats_clock_and_the_local_one(
     server: Server, primary: Primary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verifier.replica.DROP_EVERY_S", 0.0)
+    monkeypatch.setattr("verifier.mirroring.DROP_EVERY_S", 0.0)
     now = int(time.time())
     primary.append(entry("jti", "over", expires_at=now - 400), entry("jti", "in-grace", expires_at=now - 200))
     with mirroring(server) as mirror:
@@ -524,7 +535,7 @@ def test_a_mirror_closed_in_its_first_read_is_not_synced_when_started_again(
 ) -> None:
     monkeypatch.setattr("verifier.replica.READ_BATCH_ENTRIES", 10)
     primary.append(*live("jti", [f"t-{n}" for n in range(300)]))
-    with mirroring(server, on_entries=lambda _: time.sleep(0.002)) as mirror:
+    with mirroring(server, OnEntries(lambda _: time.sleep(0.002))) as mirror:
         until(lambda: mirror.counters["entries_read"] > 0, "reading")
         mirror.close()
         assert not mirror.view.freshness.synced

@@ -11,7 +11,7 @@ import pytest
 from tests.verifier.support import AUDIENCE, ISSUER, SECRET, Source, live_token, make_verifier
 from verifier import ConfigurationError, Verifier
 from verifier.freshness import Freshness
-from verifier.replica import View
+from verifier.mirroring import View
 from verifier.revocations import Snapshot
 from verifier.settings import _READERS, environment_settings
 from verifier.testing import SigningKey

@@ -1,0 +1,327 @@
+"""What every mirror of the trust log has in common, whatever it reads from: applying, publishing, and its thread.
+
+A *source* (:mod:`verifier.replica`) brings batches of stream entries and, now and then, the :class:`LogState` beside
+them. This file turns them into a :class:`View`. Decisions are in :mod:`verifier.reader`, :mod:`verifier.freshness` and
+:mod:`verifier.revocations`. The order of calls within one session with a server:
+
+    _resume(state)                        the position held is in that server's log: go on from it
+    _begin(state) _apply(batch)* _end()   or read the log from its first entry
+    (_apply(batch)* _round(state))*       and then follow it
+
+Any of them raises :class:`~verifier.reader.Reread` when the log contradicts what was read; after ``_reread(reason)`` it
+is read from its first entry. Everything known stands in one immutable :class:`View`, replaced by a single
+assignment. Losing the server changes nothing in it but its age.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from .freshness import Freshness
+from .limits import RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
+from .log import Beat, Entry, Epoch, Meta, Position
+from .reader import Gap, Raw, Reader
+from .revocations import Mirror, Snapshot
+
+__all__ = ["LogListener", "LogState", "MirrorThread", "NotReady", "Round", "View"]
+
+_log: Final = logging.getLogger("verifier.mirror")
+
+DROP_EVERY_S: Final = 30.0
+"""How often expired entries are looked for; they are harmless meanwhile."""
+
+DROP_BEAT_AGE_MAX_S: Final = 5.0
+"""A beat older than this is no witness of the time any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the mirror knows at one moment. ``connection`` is connecting, reading, tailing, waiting or closed."""
+
+    snapshot: Snapshot
+    freshness: Freshness
+    position: Position | None = None
+    epoch: Epoch | None = None
+    connection: str = "connecting"
+    problem: str | None = None
+
+
+class NotReady(Exception):
+    """The server answers but has no trust log (yet): empty, loading, or being synchronised."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogState:
+    """What a server holds beside the log's entries, read in one step; ``last_id`` is the log's last stream id."""
+
+    epoch: Epoch
+    meta: Meta
+    beat: Beat | None
+    last_id: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A complete round: everything up to ``position`` was handed on before, and the rest was read after it."""
+
+    epoch: Epoch
+    meta: Meta
+    beat: Beat | None
+    position: Position
+    holed_nonce: str | None
+
+
+class LogListener:
+    """Hears what a mirror reads, in order, from the mirror's thread and outside its locks.
+
+    An exception from here is a failure of the mirror, which then reads again from the log's first entry.
+    """
+
+    def begin(self) -> None:
+        """A read from the log's first entry begins."""
+
+    def entries(self, accepted: list[tuple[Position, Entry]]) -> None:
+        """Entries that follow each other and what was handed on before; unreadable ones are left out."""
+
+    def round(self, state: Round) -> None:
+        """A round is complete and contradicts nothing."""
+
+    def absent(self) -> None:
+        """The server answers and holds no trust log: its meta, its epoch or every entry is missing."""
+
+
+class MirrorThread(ABC):
+    """A mirror with one daemon thread. A source gives :meth:`_session` and :meth:`_problem_of`.
+
+    ``max_skew_s``, ``drop_grace_s`` and ``max_token_lifetime_s`` (the longest token that its verifier accepts) are the
+    design's bounds in seconds; ``join_s`` how long closing waits for the thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_skew_s: float,
+        drop_grace_s: float,
+        max_token_lifetime_s: float,
+        nodes: int,
+        name: str,
+        join_s: float,
+    ) -> None:
+        self._reader: Reader | None = None
+        self._known_gaps: frozenset[Gap] = frozenset()
+        self._tolerant = False
+        self._drop_grace_s = drop_grace_s
+        self._mirror = Mirror()
+        self._mirror_lock = threading.Lock()
+        self._on_change: list[Callable[[View], None]] = []
+        self._listeners: list[LogListener] = []
+        self._closing = threading.Event()
+        self._advanced = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._nodes, self._name, self._join_s = nodes, name, join_s
+        self._next_drop_mono = 0.0
+        self._view = View(self._mirror.snapshot, Freshness(max_skew_s, max_token_lifetime_s))
+        self.counters: Counter[str] = Counter()
+
+    # -- what others read -----------------------------------------------------------------------------------------
+
+    @property
+    def view(self) -> View:
+        """Everything known, in one immutable object."""
+        return self._view
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The revocations known now."""
+        return self._view.snapshot
+
+    def subscribe(self, on_change: Callable[[View], None]) -> None:
+        """Call ``on_change(view)`` after each new view is in place, from the thread that made it."""
+        self._on_change.append(on_change)
+
+    def listen(self, listener: LogListener) -> None:
+        """Let it hear everything that is read. To be called before :meth:`start`."""
+        self._listeners.append(listener)
+
+    def wait_synced(self, timeout_s: float) -> bool:
+        """Wait for the first complete read of the log; False if it did not happen in time."""
+        with self._advanced:
+            return self._advanced.wait_for(lambda: self._view.freshness.synced, timeout_s)
+
+    def wait_position(self, reached: Callable[[View], bool], timeout_s: float) -> bool:
+        """Wait until ``reached(view)`` holds; False if it did not in time."""
+        with self._advanced:
+            return self._advanced.wait_for(lambda: reached(self._view), timeout_s)
+
+    def apply_local(self, entries: Sequence[Entry]) -> None:
+        """Enforce entries that this process has just appended, without waiting for them to come back."""
+        with self._mirror_lock:
+            changed = self._mirror.apply(entries)
+            if changed:
+                self._publish(snapshot=self._mirror.snapshot)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread; does nothing if it runs."""
+        if self._closing.is_set() and self._thread is not None:
+            self._thread.join()  # bounded by the socket's time-outs; two threads must never share a reader
+        if self._thread is None or not self._thread.is_alive():
+            self._closing.clear()
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and its connection; what was mirrored stays readable and goes on ageing."""
+        self._closing.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._join_s)
+
+    @abstractmethod
+    def _session(self, node: int) -> None:
+        """Connect to this node and follow it until it is lost or the mirror is closed."""
+
+    @abstractmethod
+    def _problem_of(self, error: Exception) -> str | None:
+        """A short, stable name of what ended a session, never the error's own text; None for a mistake of ours."""
+
+    def _run(self) -> None:
+        delay_s = RECONNECT_DELAY_MIN_S
+        node = 0
+        while not self._closing.is_set():
+            try:
+                self._session(node)
+            except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the mirror in silence
+                self._lost(error)
+            was_tailing = self._view.connection == "tailing"
+            delay_s = RECONNECT_DELAY_MIN_S if was_tailing else min(delay_s * 2, RECONNECT_DELAY_MAX_S)
+            if self._nodes > 1:
+                node, self._reader = (node + 1) % self._nodes, None
+            self._update(connection="waiting")
+            self._closing.wait(random.uniform(0, delay_s))
+        self._update(connection="closed")
+
+    def _lost(self, error: Exception) -> None:
+        problem = self._problem_of(error)
+        if problem is None:
+            _log.error("mirror failed; starting over", exc_info=error)
+            self.counters["failures"] += 1
+            self._reader = None
+            return
+        self.counters["disconnects"] += 1
+        if problem != self._view.problem:
+            _log.warning("mirror lost its source: %s", problem)
+        self._publish(problem=problem)
+
+    # -- what a source calls, from the thread -----------------------------------------------------------------------
+
+    def _absent(self) -> NotReady:
+        """The server holds no trust log: tells the listeners, and returns what to raise."""
+        for listener in self._listeners:
+            listener.absent()
+        return NotReady("the server holds no trust log")
+
+    def _resume(self, state: LogState) -> Reader | None:
+        """The reader of the lost session, if the server still holds what it read; raises :class:`Reread`."""
+        if self._reader is not None:
+            self._reader.check(state.meta, state.epoch, state.last_id)
+        return self._reader
+
+    def _begin(self, state: LogState) -> Reader:
+        """A read from the first entry begins. Its reader is kept only once the read is complete."""
+        for listener in self._listeners:
+            listener.begin()
+        return Reader(state.meta, state.epoch, self._tolerant, self._known_gaps)
+
+    def _end(self, reader: Reader) -> None:
+        """The read from the first entry is complete."""
+        if reader.position is None:
+            raise NotReady("the trust log is empty")
+        reader.tolerant = False  # the next gap is another one, and may heal
+        self._reader = reader
+
+    def _apply(self, reader: Reader, batch: list[Raw]) -> None:
+        """Entries, in the log's order; raises :class:`Reread`."""
+        skipped = len(reader.skipped)
+        accepted = reader.accept(batch)
+        for code in reader.skipped[skipped:]:
+            self.counters["entries_skipped"] += 1
+            _log.error("mirror skipped an entry that it cannot read: %s", code)
+        if not accepted:
+            return
+        self.counters["entries_read"] += len(accepted)
+        with self._mirror_lock:
+            self._mirror.apply(entry for _, entry in accepted)
+            self._publish(
+                snapshot=self._mirror.snapshot,
+                position=reader.position,
+                freshness=replace(self._view.freshness, holed_nonce=reader.holed_nonce).reached(accepted[-1][0]),
+            )
+        for listener in self._listeners:
+            listener.entries(accepted)
+
+    def _round(self, reader: Reader, state: LogState) -> None:
+        """What stood beside the log after the entries that were applied before; raises :class:`Reread`."""
+        reader.check(state.meta, state.epoch, state.last_id)
+        assert reader.position is not None  # or the check had refused
+        freshness = replace(self._view.freshness, synced=True, holed_nonce=reader.holed_nonce)
+        if state.beat is not None:
+            freshness = freshness.heard(state.beat, state.epoch, state.meta, now=time.time(), mono=time.monotonic())
+        freshness = freshness.reached(reader.position)
+        self._drop_expired(freshness)
+        self._publish(freshness=freshness, epoch=state.epoch, connection="tailing", problem=None)
+        done = Round(state.epoch, state.meta, state.beat, reader.position, reader.holed_nonce)
+        for listener in self._listeners:
+            listener.round(done)
+
+    def _reread(self, reason: str) -> None:
+        """The log contradicts what was read: keep everything, and read it again from its first entry."""
+        if self._reader is not None and reason == "next_epoch":
+            self._known_gaps = frozenset(self._reader.gaps)
+        self._reader = None
+        self._tolerant = reason in ("hole", "fork")
+        self.counters["rereads"] += 1
+        self.counters[f"reread_{reason}"] += 1
+        _log.warning("mirror reads the log again: %s", reason)
+        self._publish(problem=f"log_{reason}")
+
+    def _pause(self, fruitless: int) -> None:
+        """Before reading again: a log that contradicts itself must not be read in a tight loop."""
+        if fruitless >= 2:
+            longest_s = min(RECONNECT_DELAY_MIN_S * 2**fruitless, RECONNECT_DELAY_MAX_S)
+            self._closing.wait(random.uniform(longest_s / 2, longest_s))
+
+    # -- publishing -------------------------------------------------------------------------------------------------
+
+    def _drop_expired(self, freshness: Freshness) -> None:
+        """Forget expired entries now and then, by both clocks, and never on the word of a beat that is old."""
+        now, mono = time.time(), time.monotonic()
+        heard = freshness.confirmed or freshness.applied
+        if mono < self._next_drop_mono or heard is None:
+            return
+        self._next_drop_mono = mono + DROP_EVERY_S
+        elapsed_s = mono - heard.arrived_mono
+        if elapsed_s > DROP_BEAT_AGE_MAX_S:
+            return
+        with self._mirror_lock:
+            if self._mirror.drop_expired(now, heard.at_s + elapsed_s, self._drop_grace_s):
+                self._publish(snapshot=self._mirror.snapshot)
+
+    def _update(self, *, connection: str) -> None:
+        if self._view.connection != connection:
+            self._publish(connection=connection)
+
+    def _publish(self, **changes: Any) -> None:
+        with self._advanced:
+            self._view = replace(self._view, **changes)
+            self._advanced.notify_all()
+        for on_change in self._on_change:
+            on_change(self._view)
