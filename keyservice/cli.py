@@ -36,6 +36,8 @@ class Role(StrEnum):
     """What a process does."""
 
     ALL = "all"
+    API = "api"
+    KEEPER = "keeper"
 
 
 @app.callback()
@@ -44,14 +46,18 @@ def _root() -> None:
 
 
 @app.command()
-def serve(role: Annotated[Role, typer.Option(help="What this process does.")] = Role.ALL) -> None:
+def serve(
+    role: Annotated[
+        Role | None,
+        typer.Option(help="What this process does: everything, or without the region's keeper, or only that."),
+    ] = None,
+) -> None:
     """Run the key service; settings are KEYSERVICE_<NAME> in the environment."""
-    del role  # there is one so far
     from .serve import serve as run
     from .settings import load_settings
     from .telemetry import configure_logging
 
-    settings = load_settings()
+    settings = load_settings() if role is None else load_settings(role=role.value)
     configure_logging(settings.log_level, settings.log_format)
     run(settings)
 

@@ -7,7 +7,8 @@
     │   ├── PrimaryUnreachable    nothing was sent, so nothing happened: retry
     │   ├── OutcomeUnknown        sent, but no reply came: it may have happened; retry with the same id
     │   ├── Refused               a script's check said no, by name: nothing happened
-    │   └── WaitingForBootstrap   there is no trust log yet, and another region is to start it
+    │   └── WaitingForBootstrap   there is no trust log yet: the keepers of all regions are to begin one
+    ├── KeeperUnavailable     the region's keeper cannot store: nothing was done
     ├── EnvelopeError         a wrapped private key cannot be opened
     ├── SigningUnavailable    no token can be signed now, by name
     ├── ClockSkewed           this machine's clock is off: nothing that needs the time is done
@@ -27,6 +28,7 @@ __all__ = [
     "EXIT_USAGE",
     "ClockSkewed",
     "EnvelopeError",
+    "KeeperUnavailable",
     "KeyserviceError",
     "OAuthError",
     "OutcomeUnknown",
@@ -94,10 +96,21 @@ class Refused(StoreError):
 
 
 class WaitingForBootstrap(StoreError):
-    """The server holds no trust log, and it is for another region to start one."""
+    """The server holds no trust log, and it is for the keepers to begin one or to bring theirs back."""
 
     def __init__(self) -> None:
-        super().__init__("waiting_for_bootstrap", "the bootstrap region has not started the trust log yet")
+        message = "the primary holds no trust log yet: it begins once every region's keeper runs"
+        super().__init__("waiting_for_bootstrap", message)
+
+
+class KeeperUnavailable(KeyserviceError):
+    """The region's keeper did not store what has to be on disk first, so nothing was done: HTTP 503.
+
+    ``keeper_unavailable`` (it does not answer) or ``keeper_disk`` (its disk cannot be written).
+    """
+
+    def __init__(self, code: str = "keeper_unavailable", message: str = "the region's keeper does not answer") -> None:
+        super().__init__(code, f"{message}; nothing was done, a retry is safe")
 
 
 class EnvelopeError(KeyserviceError):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -20,15 +20,14 @@ import structlog
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from redis.exceptions import RedisError
 
-from verifier.log import EPOCH_KEY, Generation
+from verifier.log import EPOCH_KEY
 
 from .errors import ClockSkewed, StoreError
-from .keyring import Keyring
 from .limits import BEAT_TIMEOUT_S, SKEW_PROBE_S
 from .rotator import Rotator
 from .store import Node
 from .telemetry import Metrics
-from .trust import TrustLog, read_keys
+from .trust import KeysView, TrustLog, read_keys
 
 __all__ = ["Beats", "KeyPoll", "RotationJob", "end", "repeat"]
 
@@ -129,11 +128,16 @@ class Beats:
 
 
 class KeyPoll:
-    """Keeps the keyring as new as the region's replica."""
+    """Reads the key set from the region's replica whenever it changed, and hands it to whoever holds keys.
 
-    def __init__(self, replica: Node, ring: Keyring, metrics: Metrics, *, region: str) -> None:
+    Each of ``takers`` says whether it is done with a reading; one that is not gets the next one all the same.
+    """
+
+    def __init__(
+        self, replica: Node, takers: Sequence[Callable[[KeysView], Awaitable[bool]]], metrics: Metrics, *, region: str
+    ) -> None:
         self._replica = replica
-        self._ring = ring
+        self._takers = takers
         self._metrics = metrics
         self._region = region
         self._taken: object = None
@@ -143,11 +147,11 @@ class KeyPoll:
         """Take over the keys if the generation is another one than the last time."""
         try:
             version = await self._replica.redis.hmget(EPOCH_KEY, ["number", "nonce", "keys_n"])
-            if version != self._taken or self._ring.missing_private:
+            if version != self._taken:
                 view = await read_keys(self._replica, self._region)
-                await self._ring.take(view)
-                self._taken = version
-                self._show(view.generation)
+                done = [await take(view) for take in self._takers]
+                self._taken = version if all(done) else None
+                self._show(view)
             self.problem = None
         except (StoreError, RedisError, OSError) as error:
             code = error.code if isinstance(error, StoreError) else "replica_unreachable"
@@ -155,10 +159,10 @@ class KeyPoll:
                 _log.warning("key set not read", code=code)
             self.problem = code
 
-    def _show(self, generation: Generation) -> None:
-        self._metrics.generation.set(generation.n)
+    def _show(self, view: KeysView) -> None:
+        self._metrics.generation.set(view.generation.n)
         self._metrics.keys.clear()
-        for record in self._ring.records.values():
+        for record in view.records.values():
             self._metrics.keys.labels(record.region, record.state).inc()
 
 

@@ -133,8 +133,8 @@ class Keyring:
         self.refused: str | None = None
         """Why the last reading was not taken over, or None."""
 
-    async def take(self, view: KeysView) -> None:
-        """Take over a reading of the replica, whole or not at all."""
+    async def take(self, view: KeysView) -> bool:
+        """Take over a reading of the replica, whole or not at all; False while a private key is missing."""
         records = rotation.merge(self.records, view.records.values())
         opened = await self._open(records, view.private)
         held = self.document.generation if self.document is not None else view.generation
@@ -145,12 +145,13 @@ class Keyring:
                 _log.error("key set not taken over", reason=error.reason)
             self.refused = error.reason
             self._over = frozenset(kid for kid, record in records.items() if record.state not in SIGNING_STATES)
-            return
+            return True
         before = {kid: key for kid, key in self._private.items() if kid in records and self._is_mine(records[kid])}
         self._private = before | {kid: key for kid, key in opened.items() if not isinstance(key, str)}
         self.problem = next((code for kid, code in opened.items() if isinstance(code, str) and kid not in before), None)
         self.records, self.document, self.refused = records, document or self.document, None
         self._over = frozenset()
+        return not self.missing_private
 
     async def opens(self, view: KeysView) -> frozenset[str]:
         """The own kids of ``view`` whose private half opens."""

@@ -56,6 +56,44 @@ KEYS_POLL_S: Final = 0.25
 BEAT_TIMEOUT_S: Final = 2.0
 """A beat that takes longer is given up; the next one opens a new connection."""
 
+# -- keepers --------------------------------------------------------------------------------------------------------
+
+INTENT_GRACE_S: Final = 5.0
+"""How long a keeper leaves an intent to the writer that stored it: longer than a write takes to fail."""
+
+KEEPER_ALIVE_S: Final = 5.0
+"""A keeper that reported less than this ago is alive: it reports every second at least."""
+
+KEEPER_UNSAVED_MAX: Final = 100_000
+"""Entries kept in memory while the disk cannot be written, about 50 MB; then they are read again later."""
+
+REPORT_INTERVAL_S: Final = 0.005
+"""Between two reports: what is added to a receipt's time, against what 200 revocations a second would cost."""
+
+REPORT_REPEAT_S: Final = 1.0
+"""The same report is sent again after this: the last one may be lost."""
+
+REPORTS_UNANSWERED_MAX: Final = 16
+"""On a link of 90 ms that is a report every 12 ms."""
+
+KEEPER_TICK_S: Final = 0.05
+"""How often a keeper looks whether a closed epoch may open."""
+
+KEEPER_TAIL_BLOCK_MS: Final = 50
+"""A round of a key service's mirror: beats wake nobody, so this is part of every confirmation."""
+
+KEEPER_SECRET_CHARS_MIN: Final = 32
+"""As for a shared HS256 secret: 128 random bits or more in any usual encoding."""
+
+KEEPER_TIMEOUT_S: Final = 2.0
+"""An answer of the region's keeper: one commit to a disk."""
+
+KEEPER_CONNECTIONS_MAX: Final = 64
+"""From one API instance to its keeper."""
+
+RECEIPT_POLL_S: Final = 0.004
+"""How often the own region's server is asked for evidence while somebody waits for a receipt."""
+
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 RSA_BITS: Final = 2_048

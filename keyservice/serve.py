@@ -1,4 +1,4 @@
-"""Running the key service: both HTTP servers and everything else in one process and one event loop.
+"""Running the key service: its HTTP servers and everything else in one process and one event loop.
 
 Ends by itself on SIGTERM, on SIGINT, and when the pipe that a parent holds (``KEYSERVICE_PARENT_FD``) is closed: a
 parent that dies takes it along.
@@ -58,18 +58,24 @@ async def _serve(service: Service) -> None:
     stopping = asyncio.Event()
     _stop_on_signals(stopping)
     _stop_with_parent(settings.parent_fd, stopping)
-    public = _listen(settings.host, settings.port, settings.uds, "KEYSERVICE_")
-    with contextlib.closing(public):
-        admin = _listen(settings.admin_host, settings.admin_port, settings.admin_uds, "KEYSERVICE_ADMIN_")
-        with contextlib.closing(admin):
-            try:
-                await service.start()
-                await _run_servers([(service.public, public), (service.admin, admin)], stopping)
-            finally:
-                await service.stop()
-                for path in (settings.uds, settings.admin_uds):
-                    if path is not None:
-                        path.unlink(missing_ok=True)
+    places = {
+        "public": (settings.host, settings.port, settings.uds, "KEYSERVICE_"),
+        "admin": (settings.admin_host, settings.admin_port, settings.admin_uds, "KEYSERVICE_ADMIN_"),
+        "keeper": (settings.keeper_host, settings.keeper_port or 0, settings.keeper_uds, "KEYSERVICE_KEEPER_"),
+    }
+    with contextlib.ExitStack() as opened:
+        try:
+            listening = []
+            for name, app in service.apps.items():
+                sock = _listen(*places[name])
+                opened.enter_context(contextlib.closing(sock))
+                if (path := places[name][2]) is not None:
+                    opened.callback(path.unlink, missing_ok=True)
+                listening.append((app, sock))
+            await service.start()
+            await _run_servers(listening, stopping)
+        finally:
+            await service.stop()
 
 
 async def _run_servers(listening: list[tuple[ASGIApp, socket.socket]], stopping: asyncio.Event) -> None:

@@ -26,7 +26,7 @@ from .core.revocation import RevocationPolicy
 from .core.rotation import Policy
 from .envelope import Kek
 from .errors import SettingError
-from .limits import KEYS_POLL_S
+from .limits import KEEPER_SECRET_CHARS_MIN, KEYS_POLL_S
 
 __all__ = ["CLIENT_VARIABLES", "Settings", "load_settings"]
 
@@ -75,6 +75,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, extra="ignore", frozen=True, hide_input_in_errors=True, populate_by_name=True
     )
 
+    role: Literal["all", "api", "keeper"] = "all"
     profile: Literal["default", "demo"] = "default"
 
     issuer: str = Field(min_length=1)
@@ -95,7 +96,7 @@ class Settings(BaseSettings):
 
     kek: SecretStr | None = None
     kek_file: Path | None = None
-    clients_file: Path
+    clients_file: Path | None = None
     jwt_secret: SecretStr | None = Field(None, validation_alias="JWT_SECRET")
 
     host: str = "127.0.0.1"
@@ -104,6 +105,15 @@ class Settings(BaseSettings):
     admin_host: str = "127.0.0.1"
     admin_port: int = Field(8081, ge=0, le=65_535)
     admin_uds: Path | None = None
+
+    keeper_dir: Path | None = None
+    keeper_url: str | None = None
+    keeper_secret: SecretStr | None = None
+    keeper_host: str = "127.0.0.1"
+    keeper_port: int | None = Field(None, ge=0, le=65_535)
+    keeper_uds: Path | None = None
+    receipt_wait_ms: int = Field(1_000, ge=0, le=60_000)
+
     parent_fd: int | None = Field(None, ge=0)
 
     access_token_ttl_s: int = Field(900, ge=1)
@@ -175,6 +185,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_places()
+        self._check_keeper()
         self._check_secrets()
         self._check_times()
         return self
@@ -196,7 +207,27 @@ class Settings(BaseSettings):
         if len(self.all_regions) > 1 and self.bootstrap_region is None:
             raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not set: with several regions one starts the trust log")
 
+    def _check_keeper(self) -> None:
+        """Each role needs its own; whatever it has no use for is more than it should be told."""
+        if self.role != "api" and self.keeper_dir is None:
+            raise _Named("KEYSERVICE_KEEPER_DIR", "is not set: name a local directory for the region's keeper")
+        if self.role == "api" and self.keeper_url is None:
+            raise _Named("KEYSERVICE_KEEPER_URL", "is not set: with --role api, name the region's keeper")
+        if self.role == "keeper" and not self.keeper_listens:
+            raise _Named("KEYSERVICE_KEEPER_PORT", "is not set (or _UDS): where API instances reach it")
+        if self.role != "keeper" and self.clients_file is None:
+            raise _Named("KEYSERVICE_CLIENTS_FILE", "is not set: name the file of clients and their secrets' hashes")
+        if self.keeper_url is not None and not re.match(r"(https?://[^\s/@]+|unix:///\S+)\Z", self.keeper_url):
+            raise _Named("KEYSERVICE_KEEPER_URL", "is not http(s)://host:port or unix:///path")
+        secret = self.keeper_secret
+        if (self.role == "api" or self.keeper_listens) and secret is None:
+            raise _Named("KEYSERVICE_KEEPER_SECRET", "is not set: API instances and the keeper share one")
+        if secret is not None and len(secret.get_secret_value()) < KEEPER_SECRET_CHARS_MIN:
+            raise _Named("KEYSERVICE_KEEPER_SECRET", f"is shorter than {KEEPER_SECRET_CHARS_MIN} characters")
+
     def _check_secrets(self) -> None:
+        if self.role == "keeper":
+            return
         if (self.kek is None) == (self.kek_file is None):
             problem = (
                 "is not set (or KEYSERVICE_KEK_FILE)" if self.kek is None else "and KEYSERVICE_KEK_FILE are both set"
@@ -270,6 +301,11 @@ class Settings(BaseSettings):
     def all_regions(self) -> tuple[str, ...]:
         """Every region, this one included."""
         return self.regions or (self.region,)
+
+    @property
+    def keeper_listens(self) -> bool:
+        """Whether this process's keeper takes intents of other processes."""
+        return self.role != "api" and (self.keeper_port is not None or self.keeper_uds is not None)
 
     @property
     def admin_audience(self) -> str:

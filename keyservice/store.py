@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -33,7 +34,18 @@ from .limits import CONNECT_TIMEOUT_S, CONNECTIONS_MAX, PRIMARY_TIMEOUT_S
 
 __all__ = ["SCRIPTS", "Node", "load_script"]
 
-SCRIPTS: Final = ("append.lua", "beat.lua", "bump.lua", "keys_put.lua", "refresh.lua", "session_start.lua")
+SCRIPTS: Final = (
+    "append.lua",
+    "beat.lua",
+    "bump.lua",
+    "keys_merge.lua",
+    "keys_put.lua",
+    "open.lua",
+    "refresh.lua",
+    "register.lua",
+    "report.lua",
+    "session_start.lua",
+)
 UNCHECKED: Final = frozenset({"refresh.lua", "session_start.lua"})
 """Scripts on ``{ks}:*`` alone, which have no part in the trust log's checks."""
 
@@ -113,7 +125,7 @@ class Node:
         texts = [load_script(name)[0] for name in SCRIPTS]
         await asyncio.gather(*(self.write("SCRIPT", "LOAD", text) for text in texts), return_exceptions=True)
 
-    async def run(self, script: str, keys: tuple[str, ...], args: list[str | int]) -> Any:
+    async def run(self, script: str, keys: tuple[str, ...], args: Sequence[str | int | bytes]) -> Any:
         """A script by its file name; raises :class:`StoreError`."""
         text, sha1 = load_script(script)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import MutableMapping
+from functools import cache
 from importlib import metadata
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-__all__ = ["METRICS_TYPE", "Metrics", "configure_logging"]
+__all__ = ["METRICS_TYPE", "Metrics", "configure_logging", "version"]
 
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -57,6 +58,22 @@ class Metrics:
             "keyservice_appends", "Revocations sent to the trust log, by outcome", ("outcome",), registry=registry
         )
         self.beats = Counter("keyservice_beats", "Attempts to beat, by outcome", ("outcome",), registry=registry)
+        self.keeper_reports = Counter(
+            "keyservice_keeper_reports",
+            "Evidence sent by this region's keeper, by outcome",
+            ("outcome",),
+            registry=registry,
+        )
+        self.keeper_merged = Gauge(
+            "keyservice_keeper_merged", "1 if this region's keeper is merged into the current epoch", registry=registry
+        )
+        self.keeper_entries = Gauge("keyservice_keeper_entries", "Entries on the keeper's disk", registry=registry)
+        self.keeper_pending = Gauge(
+            "keyservice_keeper_pending", "Entries on the keeper's disk that the log lacks", registry=registry
+        )
+        self.receipts = Counter(
+            "keyservice_receipts", "Revocations answered, by durability", ("durability",), registry=registry
+        )
         self.bumps = Gauge("keyservice_epoch_bumps", "Epochs that this instance opened", registry=registry)
         self.epoch = Gauge("keyservice_epoch_number", "Number of the epoch that the mirror is in", registry=registry)
         self.epoch_open = Gauge("keyservice_epoch_open", "1 if that epoch is open", registry=registry)
@@ -69,7 +86,7 @@ class Metrics:
         self.rotation_runs = Counter(
             "keyservice_rotation_runs", "Runs of the rotator, by outcome", ("outcome",), registry=registry
         )
-        Info("keyservice_build", "What runs here", registry=registry).info({"version": _version(), "region": region})
+        Info("keyservice_build", "What runs here", registry=registry).info({"version": version(), "region": region})
 
     def count_append(self, outcome: str, entries: int) -> None:
         """``outcome`` is ``appended`` or an error's code."""
@@ -80,7 +97,9 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def _version() -> str:
+@cache
+def version() -> str:
+    """The installed release."""
     try:
         return metadata.version("multiregion-jwks")
     except metadata.PackageNotFoundError:

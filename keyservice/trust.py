@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -30,10 +30,13 @@ from verifier.log import (
     FormatError,
     Generation,
     Position,
+    region_key,
 )
 
 from .core.epochs import Step, after_refusal
+from .core.evidence import EpochKey, Report, key_of
 from .core.ids import uuid7
+from .core.keepers import Add, Bump
 from .core.revocation import Stored
 from .core.rotation import KeyRecord
 from .errors import PrimaryUnreachable, Refused, WaitingForBootstrap
@@ -43,6 +46,7 @@ from .store import Node
 __all__ = ["BeatResult", "KeysView", "TrustLog", "private_key_name", "read_keys"]
 
 T = TypeVar("T")
+_APPEND_KEYS: Final = (LOG_KEY, EPOCH_KEY, BEAT_KEY)
 _log = structlog.get_logger(__name__)
 
 
@@ -111,10 +115,9 @@ def _readable(kid: str, raw: bytes) -> KeyRecord | None:
 class TrustLog:
     """Writes to ``{trust}:*`` on the primary, in the epoch that it believes in (``seen``)."""
 
-    def __init__(self, primary: Node, *, region: str, bootstraps: bool, max_token_lifetime_s: int) -> None:
+    def __init__(self, primary: Node, *, region: str, max_token_lifetime_s: int) -> None:
         self._primary = primary
         self._region = region
-        self._bootstraps = bootstraps
         self._max_token_lifetime_s = max_token_lifetime_s
         self.seen: Epoch | None = None
         self.bumps = 0
@@ -123,12 +126,15 @@ class TrustLog:
         """Append up to 1,000 entries in one script; the result has the primary's ``at``. Raises :class:`StoreError`."""
         if not 0 < len(entries) <= APPEND_ENTRIES_MAX:
             raise ValueError("one call appends 1 to 1,000 entries")
-        fields = [value for entry in entries for value in _caller_known(entry)]
+        fields = [value for entry in entries for value in _appended_fields(entry)]
 
         async def call(epoch: Epoch) -> list[Stored]:
-            first, _, at = await self._run("append.lua", (LOG_KEY, EPOCH_KEY), epoch, fields)
+            first, _, at, _ = await self._run("append.lua", _APPEND_KEYS, key_of(epoch), ["", *fields])
             places = (Position(epoch.number, seq, epoch.nonce) for seq in range(int(first), int(first) + len(entries)))
-            return [Stored(replace(entry, at=int(at)), place) for entry, place in zip(entries, places, strict=True)]
+            return [
+                Stored(replace(entry, at=entry.at or int(at)), place)
+                for entry, place in zip(entries, places, strict=True)
+            ]
 
         return await self._checked(call)
 
@@ -137,7 +143,7 @@ class TrustLog:
 
         async def call(epoch: Epoch) -> BeatResult:
             keys = (BEAT_KEY, EPOCH_KEY, LOG_KEY)
-            written, server_ms = await self._run("beat.lua", keys, epoch, [str(interval_ms)])
+            written, server_ms = await self._run("beat.lua", keys, key_of(epoch), [str(interval_ms)])
             return BeatResult(bool(written), int(server_ms))
 
         return await self._checked(call)
@@ -167,18 +173,95 @@ class TrustLog:
             if unchanged_since is not None and unchanged_since.epoch != epoch.number:
                 raise Refused("TRUST_REV")
             guard = "" if unchanged_since is None else str(unchanged_since.n)
-            (keys_n,) = await self._run("keys_put.lua", (KEYS_KEY, EPOCH_KEY), epoch, [guard, *fields])
+            (keys_n,) = await self._run("keys_put.lua", (KEYS_KEY, EPOCH_KEY), key_of(epoch), [guard, *fields])
             return Generation(epoch.number, int(keys_n))
 
         return await self._checked(call)
 
     async def ensure_epoch(self) -> Epoch:
-        """The current epoch; opens the first one where that is this region's to do. Raises :class:`StoreError`."""
+        """The current epoch, on this very server. Raises :class:`StoreError`."""
 
         async def call(epoch: Epoch) -> Epoch:
             return epoch
 
         return await self._checked(call)
+
+    # -- a keeper's steps, each in the one epoch that it was decided for -------------------------------------------
+
+    async def add(self, add: Add) -> int:
+        """Append a keeper's entries and name its epochs; the newest beat of that epoch, -1 for none."""
+        fields = [value for entry in add.entries for value in _appended_fields(entry)]
+        links = msgspec.json.encode(add.links).decode() if add.links else ""
+        *_, beat_n = await self._in_epoch(add.seen, "append.lua", _APPEND_KEYS, [links, *fields])
+        return int(beat_n)
+
+    async def report(self, report: Report, version: str) -> None:
+        """Put a keeper's evidence in place."""
+        beat = (str(report.beat_n), str(report.beat_at_ms), report.beat_position)
+        fields = [report.keeper_id, report.held, str(report.commit), *beat, version]
+        await self._in_epoch(report.epoch, "report.lua", (region_key(report.region), EPOCH_KEY), fields)
+
+    async def open_epoch(self, epoch: EpochKey) -> bool:
+        """Open the epoch that enough keepers have merged into; False if it was open."""
+        (done,) = await self._in_epoch(epoch, "open.lua", (EPOCH_KEY, BEAT_KEY, LOG_KEY), [])
+        return bool(int(done))
+
+    async def put_back_keys(
+        self, epoch: EpochKey, records: Sequence[KeyRecord], private: Mapping[str, bytes | str]
+    ) -> int:
+        """Put back key records and this region's wrapped private keys that the log lacks; how many it lacked."""
+        fields: list[bytes | str] = [str(len(records))]
+        for record in records:
+            fields += (record.kid, msgspec.json.encode(record))
+        for kid, envelope in private.items():
+            fields += (kid, envelope)
+        keys = (KEYS_KEY, EPOCH_KEY, private_key_name(self._region))
+        (changed,) = await self._in_epoch(epoch, "keys_merge.lua", keys, fields)
+        return int(changed)
+
+    async def bump(self, bump: Bump, *, forgotten: Sequence[str] = (), min_reader_format: int = FORMAT) -> bool:
+        """Open a new epoch with these voters, after the one that was seen; False if it is another one by now.
+
+        After none was seen, this makes what is missing of a log, and only where something is.
+        """
+        seen = bump.seen
+        if seen is None:
+            held = await self._read_epoch()
+            seen = None if held is None else key_of(held)
+        return await self._bump(
+            seen,
+            above=bump.above,
+            voters=msgspec.json.encode(dict(bump.voters)).decode(),
+            forgotten=msgspec.json.encode(list(forgotten)).decode() if forgotten else "",
+            on_absent=bump.seen is None,
+            min_reader_format=min_reader_format,
+        )
+
+    async def register(self, keeper_id: str) -> bool:
+        """Claim this region's seat on a server without a log; False if there is a log."""
+        outcome, *_ = await self._primary.run("register.lua", (META_KEY, region_key(self._region)), [keeper_id])
+        return bool(outcome == b"registered")
+
+    async def registered(self, regions: Sequence[str]) -> dict[str, str]:
+        """The keepers that have claimed a seat, all of them holding nothing."""
+        found = {}
+        for region in regions:
+            keeper_id, empty = await self._primary.write("HMGET", region_key(region), "keeper_id", "empty")
+            if keeper_id and empty == b"1":
+                found[region] = keeper_id.decode("ascii", "replace")
+        return found
+
+    async def _in_epoch(
+        self, epoch: EpochKey, script: str, keys: tuple[str, ...], args: Sequence[bytes | str]
+    ) -> list[bytes]:
+        """A script in this very epoch. Whatever it refuses for, whoever decided decides again; but where the server is
+        another one than the epoch's, a new epoch is opened first."""
+        try:
+            return await self._run(script, keys, epoch, args)
+        except Refused as refused:
+            if after_refusal(refused.code) is Step.BUMP:
+                await self._bump(epoch)
+            raise
 
     # -- how a call is carried through ------------------------------------------------------------------------------
 
@@ -188,8 +271,7 @@ class TrustLog:
         for _ in range(SCRIPT_ATTEMPTS_MAX):
             epoch = self.seen or await self._read_epoch()
             if epoch is None:
-                await self._bump(None)
-                continue
+                raise WaitingForBootstrap
             try:
                 return await call(epoch)
             except Refused as refused:
@@ -199,8 +281,11 @@ class TrustLog:
 
     async def _react(self, refused: Refused, epoch: Epoch) -> None:
         step = after_refusal(refused.code)
+        if step is Step.WAIT:
+            self.seen = None
+            raise WaitingForBootstrap
         if step is Step.BUMP:
-            await self._bump(None if refused.code == "TRUST_NO_EPOCH" else epoch)
+            await self._bump(key_of(epoch))
         elif step is Step.REREAD:
             self.seen = None
         elif step is Step.UNREACHABLE:
@@ -209,7 +294,9 @@ class TrustLog:
         else:
             raise refused
 
-    async def _run(self, script: str, keys: tuple[str, ...], epoch: Epoch, args: Sequence[str]) -> list[bytes]:
+    async def _run(
+        self, script: str, keys: tuple[str, ...], epoch: EpochKey, args: Sequence[bytes | str]
+    ) -> list[bytes]:
         reply: list[bytes] = await self._primary.run(script, keys, [str(epoch.number), epoch.nonce, *args])
         return reply
 
@@ -222,17 +309,32 @@ class TrustLog:
             raise Refused(f"TRUST_FORMAT_{error.code}") from None
         return self.seen
 
-    async def _bump(self, old: Epoch | None) -> None:
-        """Open the epoch after ``old``, unless somebody else was faster. Afterwards the epoch is to be read again."""
+    async def _bump(
+        self,
+        seen: EpochKey | None,
+        *,
+        above: int = 0,
+        voters: str = "",
+        forgotten: str = "",
+        on_absent: bool = False,
+        min_reader_format: int = FORMAT,
+    ) -> bool:
+        """Open the epoch after ``seen``, with its voters where no others are given; False if somebody was faster.
+
+        Afterwards the epoch is to be read again.
+        """
         args = [
-            *(("", "") if old is None else (str(old.number), old.nonce)),
+            *(("", "") if seen is None else (str(seen.number), seen.nonce)),
             secrets.token_hex(8),
-            "0",
+            str(above),
             uuid7(time.time()),
             self._region,
-            "1" if self._bootstraps else "0",
-            secrets.token_hex(16),
+            voters,
+            forgotten,
+            "1" if on_absent else "0",
+            secrets.token_hex(16) if on_absent else "",
             str(FORMAT),
+            str(min_reader_format),
             str(self._max_token_lifetime_s),
         ]
         outcome, *number = await self._primary.run("bump.lua", (META_KEY, EPOCH_KEY, LOG_KEY), list(args))
@@ -241,10 +343,11 @@ class TrustLog:
             raise WaitingForBootstrap
         if outcome == b"bumped":
             self.bumps += 1
-            _log.info("epoch opened", number=int(number[0]), first=old is None)
+            _log.info("epoch begun", number=int(number[0]), first=seen is None)
+        return bool(outcome == b"bumped")
 
 
-def _caller_known(entry: Entry) -> tuple[str, ...]:
+def _appended_fields(entry: Entry) -> tuple[str, ...]:
     """The fields of an entry that ``append.lua`` takes, in its order."""
     fields = entry.encode()
-    return tuple(fields[name] for name in ("id", "kind", "issuer", "value", "before", "expires_at", "reason", "region"))
+    return tuple(value for name, value in fields.items() if name != "v")

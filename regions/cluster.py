@@ -206,7 +206,7 @@ class Cluster:
         self._stage("servers, replicated over the links", lambda: self._start_servers(data))
         clients_file = _private_write(data / "clients.toml", _clients_toml(made))
         users_file = _private_write(data / "users.toml", _users_toml(made))
-        self._stage("key services", lambda: self._start_keyservices(made, clients_file))
+        self._stage("key services", lambda: self._start_keyservices(made, clients_file, data))
         self._stage("order and login services", lambda: self._start_services(made, users_file))
         self.file = self._describe(made)
         self.file.write(self.file_path)
@@ -253,7 +253,7 @@ class Cluster:
             timeout_s=READY_WITHIN_S,
         )
 
-    def _start_keyservices(self, made: Secrets, clients_file: Path) -> None:
+    def _start_keyservices(self, made: Secrets, clients_file: Path, data: Path) -> None:
         children = []
         for region in self.topology.regions:
             env = {
@@ -269,6 +269,7 @@ class Cluster:
                 "REDIS_PASSWORD": self.servers[region.name].passwords["keyservice"],
                 "KEYSERVICE_KEK": made.kek[region.name],
                 "KEYSERVICE_CLIENTS_FILE": str(clients_file.absolute()),
+                "KEYSERVICE_KEEPER_DIR": str((data / f"keeper-{region.index}").absolute()),
                 "KEYSERVICE_UDS": str(self._socket(region, "keyservice")),
                 "KEYSERVICE_ADMIN_UDS": str(self._socket(region, "admin")),
                 "KEYSERVICE_SOURCE_ADDRESS": region.address,

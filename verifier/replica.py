@@ -44,6 +44,7 @@ class ReplicaMirror(MirrorThread):
         max_skew_s: float = 5.0,
         drop_grace_s: float = 300.0,
         max_token_lifetime_s: float = 0.0,
+        tail_block_ms: int = TAIL_BLOCK_MS,
     ) -> None:
         nodes = [urls] if isinstance(urls, str) else list(urls)
         if not nodes:
@@ -55,8 +56,9 @@ class ReplicaMirror(MirrorThread):
             max_token_lifetime_s=max_token_lifetime_s,
             nodes=len(nodes),
             name="verifier-replica",
-            join_s=REDIS_TIMEOUT_S + TAIL_BLOCK_MS / 1000,
+            join_s=REDIS_TIMEOUT_S + tail_block_ms / 1000,
         )
+        self._tail_block_ms = tail_block_ms
 
     def _session(self, node: int) -> None:
         import redis
@@ -109,7 +111,7 @@ class ReplicaMirror(MirrorThread):
 
     def _next_round(self, client: redis.Redis, reader: Reader) -> None:
         assert reader.position is not None
-        reply: Any = client.xread({LOG_KEY: reader.position.stream_id}, READ_BATCH_ENTRIES, TAIL_BLOCK_MS)
+        reply: Any = client.xread({LOG_KEY: reader.position.stream_id}, READ_BATCH_ENTRIES, self._tail_block_ms)
         self._apply(reader, _only_stream(reply))
         self._round(reader, self._read_state(client))
 

@@ -8,15 +8,16 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from keyservice.bearer import AdminBearer
-from keyservice.core.revocation import Draft, RevocationRequest, Stored
+from keyservice.core.revocation import Draft, RevocationRequest
 from keyservice.errors import KeyserviceError, RequestRefused
 from keyservice.limits import BULK_BODY_BYTES_MAX, BULK_REVOCATIONS_MAX, LIST_PAGE_MAX
+from keyservice.receipts import Receipt
 from keyservice.revoking import Outcome, Revoker
 
 from .body import read_json
-from .problems import json_response, problem, problem_of
+from .problems import RETRY_AFTER_S, json_response, problem, problem_of
 
-__all__ = ["router"]
+__all__ = ["receipt_response", "router"]
 
 READ_SCOPE = "keyservice:revocations:read"
 WRITE_SCOPE = "keyservice:revocations:write"
@@ -49,10 +50,17 @@ def _draft(revoker: Revoker, request: RevocationRequest) -> Draft | RequestRefus
         return refused
 
 
-def _described(stored: Stored, revoker: Revoker) -> dict[str, Any]:
-    entry = stored.entry
+def receipt_response(receipt: Receipt) -> Response:
+    """200 with the position to wait for elsewhere, or 202: stored, and its outcome open."""
+    if receipt.replicated:
+        return json_response(receipt.document(), 200, {"Trust-Position": str(receipt.position)})
+    return json_response(receipt.document(), 202, {"Retry-After": str(RETRY_AFTER_S)})
+
+
+def _described(receipt: Receipt) -> dict[str, Any]:
+    entry = receipt.stored.entry
     return {
-        **revoker.receipt(stored),
+        **receipt.document(),
         "kind": entry.kind,
         "issuer": entry.issuer,
         "value": entry.value,
@@ -64,10 +72,10 @@ def _described(stored: Stored, revoker: Revoker) -> dict[str, Any]:
     }
 
 
-def _result(index: int, outcome: Outcome, revoker: Revoker) -> dict[str, Any]:
+def _result(index: int, outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, KeyserviceError):
         return {"index": index, "code": problem_of(outcome)[1], "detail": str(outcome)}
-    return {"index": index, **revoker.receipt(outcome)}
+    return {"index": index, **outcome.document()}
 
 
 async def _revoke_many(revoker: Revoker, requests: list[RevocationRequest]) -> Response:
@@ -76,15 +84,18 @@ async def _revoke_many(revoker: Revoker, requests: list[RevocationRequest]) -> R
     sound = [draft for draft in drafts if isinstance(draft, Draft)]
     outcomes = await revoker.revoke_all(sound)
     outages = [error for error in outcomes if isinstance(error, KeyserviceError) and problem_of(error)[0] == 503]
-    stored = any(isinstance(outcome, Stored) for outcome in outcomes)
+    stored = any(isinstance(outcome, Receipt) for outcome in outcomes)
     if outages and not stored:
         raise outages[0]
     following = iter(outcomes)
     merged: list[Outcome] = [next(following) if isinstance(draft, Draft) else draft for draft in drafts]
-    results = [_result(index, outcome, revoker) for index, outcome in enumerate(merged)]
+    results = [_result(index, outcome) for index, outcome in enumerate(merged)]
     if not stored:
         return problem(422, "revocations_refused", "none of the revocations can be stored", results=results)
-    return json_response({"results": results}, 202)
+    if all(isinstance(outcome, Receipt) and outcome.replicated for outcome in merged):
+        furthest = max(outcome.position for outcome in merged if isinstance(outcome, Receipt) and outcome.position)
+        return json_response({"results": results}, 200, {"Trust-Position": str(furthest)})
+    return json_response({"results": results}, 202, {"Retry-After": str(RETRY_AFTER_S)})
 
 
 def _page(request: Request) -> tuple[int, tuple[int, int] | None]:
@@ -113,23 +124,26 @@ def router(bearer: AdminBearer, revoker: Revoker) -> APIRouter:
         if body.revocations is not None:
             _check_bulk(body, key, body.revocations)
             return await _revoke_many(revoker, body.revocations)
-        stored = await revoker.revoke(revoker.draft(_single(body, key)))
-        return json_response(revoker.receipt(stored), 202)
+        return receipt_response(await revoker.revoke(revoker.draft(_single(body, key))))
 
     @routes.get("")
     async def listing(request: Request) -> Response:
         bearer.check(request.headers.get("authorization"), READ_SCOPE)
         limit, before = _page(request)
         page = revoker.newest(request.query_params.get("kind"), before, limit)
-        following = page[-1].position.stream_id if len(page) == limit else None
-        return json_response({"revocations": [_described(stored, revoker) for stored in page], "next": following})
+        last = page[-1].position if len(page) == limit else None
+        described = [_described(receipt) for receipt in await revoker.receipts(page)]
+        return json_response({"revocations": described, "next": None if last is None else last.stream_id})
 
     @routes.get("/{entry_id}")
     async def one(entry_id: str, request: Request) -> Response:
+        """The receipt as it stands now, in any region."""
         bearer.check(request.headers.get("authorization"), READ_SCOPE)
-        stored = revoker.find(entry_id)
+        stored = await revoker.find(entry_id)
         if stored is None:
             raise RequestRefused("revocation_unknown", "no revocation with this id is known here", status=404)
-        return json_response(_described(stored, revoker))
+        (receipt,) = await revoker.receipts([stored])
+        headers = {"Trust-Position": str(receipt.position)} if receipt.replicated else None
+        return json_response(_described(receipt), 200, headers)
 
     return routes

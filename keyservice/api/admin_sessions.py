@@ -18,6 +18,7 @@ from keyservice.revoking import Revoker
 from keyservice.sessions import SessionStore
 from verifier.limits import IDENTIFIER_BYTES_MAX
 
+from .admin_revocations import receipt_response
 from .body import read_json
 from .problems import json_response
 
@@ -69,11 +70,11 @@ def router(
         bearer.check(request.headers.get("authorization"), SCOPE)
         now = clock()
         entry_id = request.headers.get("idempotency-key") or uuid7(now)
-        stored = await revoker.revoke(sid_draft(sid, entry_id, now + session_life_s, policy))
+        receipt = await revoker.revoke(sid_draft(sid, entry_id, now + session_life_s, policy))
         try:
             await sessions.end(sid)
         except StoreError as error:
             _log.warning("revoked session not deleted; it expires by itself", code=error.code)
-        return json_response(revoker.receipt(stored), 202)
+        return receipt_response(receipt)
 
     return routes

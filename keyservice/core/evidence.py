@@ -116,7 +116,18 @@ class Protocol:
 
     def is_replicated(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> bool:
         """Rule 1: whether the entry at this position of the epoch's history may be acknowledged."""
-        return epoch.open and self.has_majority(self.voters(epoch), self.holders(position, epoch, reports))
+        held = self.replicated_to(epoch, reports)
+        return held is not None and held >= position[:2]
+
+    def replicated_to(self, epoch: Epoch, reports: Iterable[Report]) -> tuple[int, int] | None:
+        """Rule 1: the stream id up to which a majority of the voters holds the epoch's history; None while closed."""
+        if not epoch.open:
+            return None
+        seats = set(self.voters(epoch).values()) - {""}
+        held = [parse_stream_id(r.held) for r in reports if self.counts(r, epoch) and r.keeper_id in seats]
+        held.sort(reverse=True)
+        needed = majority(self.voters(epoch))
+        return held[needed - 1] if len(held) >= needed else None
 
     def confirmed(self, epoch: Epoch, reports: Iterable[Report]) -> Report | None:
         """Rule 4: the report with the newest beat that a majority of the voters has reached, or None."""

@@ -67,7 +67,9 @@ class Disk(Protocol):
     ``entries`` are known by digest: a union keeps two different entries under one id.
     """
 
-    keeper_id: str
+    @property
+    def keeper_id(self) -> str:
+        """Whose disk this is."""
 
     @property
     def promise(self) -> EpochKey | None:
@@ -184,6 +186,16 @@ class Keeper:
         self._added_in: EpochKey | None = None
         self._added: set[bytes] = set()
         self._intents: dict[bytes, float] = {}
+
+    @property
+    def merged(self) -> EpochKey | None:
+        """The epoch that it is merged into, in this life of the process."""
+        return self._merged
+
+    @property
+    def pending(self) -> int:
+        """How many entries on disk the log does not show."""
+        return len(self._missing)
 
     # -- reading --------------------------------------------------------------------------------------------------
 

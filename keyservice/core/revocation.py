@@ -16,8 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -28,7 +28,7 @@ from verifier.limits import ENTRY_VALUE_BYTES_MAX
 from verifier.log import CUTOFF_KINDS, EPOCH_KIND, KINDS, NEVER_EXPIRES, Entry, FormatError, Position
 from verifier.token import parse, read_payload
 
-__all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "receipt", "sid_draft"]
+__all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "sid_draft"]
 
 SESSION_KINDS: Final = CUTOFF_KINDS | {"sid"}
 """Kinds that a session is checked against, as long as it lives."""
@@ -182,39 +182,53 @@ def _life_s(kind: str, policy: RevocationPolicy) -> float:
 
 
 class Stored(NamedTuple):
-    """An entry and where it stands in the log."""
+    """An entry and where it stands in the log; None while it stands in no log that was seen."""
 
     entry: Entry
+    position: Position | None
+
+
+class _Held(NamedTuple):
+    entry: Entry
     position: Position
-
-
-def receipt(stored: Stored, regions: Sequence[str]) -> dict[str, Any]:
-    """What the caller gets. Nothing vouches for other regions' storage yet, so nothing is claimed of them."""
-    return {
-        "id": stored.entry.id,
-        "position": str(stored.position),
-        "durability": "pending",
-        "regions": dict.fromkeys(regions, False),
-    }
+    reading: int
 
 
 class EntryIndex:
-    """Every entry of the log by id, in memory; the first one under an id stays. Safe to use from several threads."""
+    """Every entry of the log by id, in memory; the first one under an id stays. Safe to use from several threads.
+
+    The log is read in passes, each from its first entry: only in the present one is a place known to be the entry's.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_id: dict[str, Stored] = {}
+        self._by_id: dict[str, _Held] = {}
+        self._reading = 0
+
+    def begin(self) -> None:
+        """The log will be read from its first entry: places are to be found anew."""
+        self._reading += 1
 
     def add(self, entries: Iterable[tuple[Position, Entry]]) -> None:
-        """Take over entries; those already held change nothing."""
+        """Take over entries as they are read; those already held get their place in this reading, the first one."""
         with self._lock:
             for position, entry in entries:
-                if entry.kind != EPOCH_KIND:
-                    self._by_id.setdefault(entry.id, Stored(entry, position))
+                if entry.kind == EPOCH_KIND:
+                    continue
+                held = self._by_id.get(entry.id)
+                if held is None or (held.reading != self._reading and _same(held.entry, entry)):
+                    self._by_id[entry.id] = _Held(entry, position, self._reading)
 
     def get(self, entry_id: str) -> Stored | None:
         """The entry under this id, or None."""
-        return self._by_id.get(entry_id)
+        held = self._by_id.get(entry_id)
+        return None if held is None else Stored(held.entry, held.position)
+
+    def place_of(self, entry: Entry) -> Position | None:
+        """Where the entry stands in the log as it is read now, or None if it was not seen in it."""
+        held = self._by_id.get(entry.id)
+        seen = held is not None and held.reading == self._reading and _same(held.entry, entry)
+        return held.position if held is not None and seen else None
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -222,15 +236,20 @@ class EntryIndex:
     def newest(self, where: Callable[[Entry], bool]) -> Iterator[Stored]:
         """Entries that satisfy ``where``, the last appended first."""
         with self._lock:
-            held = list(self._by_id.values())
-        held.sort(key=lambda stored: stored.position[:2], reverse=True)
-        return (stored for stored in held if where(stored.entry))
+            every = list(self._by_id.values())
+        every.sort(key=lambda held: held.position[:2], reverse=True)
+        return (Stored(held.entry, held.position) for held in every if where(held.entry))
 
     def drop_expired(self, limit: float) -> None:
         """Forget entries whose ``expires_at`` lies before ``limit`` (Unix seconds)."""
         with self._lock:
             self._by_id = {
-                entry_id: stored
-                for entry_id, stored in self._by_id.items()
-                if stored.entry.expires_at == NEVER_EXPIRES or stored.entry.expires_at > limit
+                entry_id: held
+                for entry_id, held in self._by_id.items()
+                if held.entry.expires_at == NEVER_EXPIRES or held.entry.expires_at > limit
             }
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    """Whether two entries are the same one, whenever a log took them."""
+    return a == b or replace(a, at=b.at) == b

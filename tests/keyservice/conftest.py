@@ -70,6 +70,7 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "kek": KEK,
             "jwt_secret": HS256_SECRET,
             "clients_file": clients_file,
+            "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
         }
         return load_settings(**{**given, **overrides})
 

@@ -35,7 +35,7 @@ async def test_the_key_set_is_public_cacheable_and_has_a_generation(running: Run
     assert Generation.parse(answer.headers["trust-generation"]).n > 0
     keys = KeySet.from_document(answer.content)
     assert not keys.rejected
-    assert running.service.ring.signing_key().kid in keys.kids
+    assert running.service.frontend.ring.signing_key().kid in keys.kids
 
 
 async def test_head_gives_the_headers_alone(running: Running) -> None:
@@ -67,8 +67,8 @@ async def test_a_replica_that_comes_back_empty_takes_no_key_away(running: Runnin
     with server.client() as client:
         client.delete(KEYS_KEY)
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    generation = running.service.ring.document
-    await running.until(lambda: running.service.ring.document is not generation)
+    generation = running.service.frontend.ring.document
+    await running.until(lambda: running.service.frontend.ring.document is not generation)
     after = (await running.public.get(JWKS)).content
     assert set(KeySet.from_document(before).kids) <= set(KeySet.from_document(after).kids)
 
@@ -80,11 +80,11 @@ async def test_another_regions_published_keys_are_in_the_set(running: Running, s
     with server.client() as client:
         client.hset(KEYS_KEY, other.kid, msgspec.json.encode({**record, "state": "published"}))
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    await running.until(lambda: other.kid in running.service.ring.document.keys.kids)  # type: ignore[union-attr]
+    await running.until(lambda: other.kid in running.service.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
     with server.client() as client:
         client.hset(KEYS_KEY, other.kid, msgspec.json.encode({**record, "state": "removed", "rev": 2}))
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    await running.until(lambda: other.kid not in running.service.ring.document.keys.kids)  # type: ignore[union-attr]
+    await running.until(lambda: other.kid not in running.service.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
 
 
 # -- who may use the admin API ----------------------------------------------------------------------------------------
@@ -424,6 +424,6 @@ async def test_a_region_that_waits_for_the_bootstrap_says_so(
     assert (await waiting.public.get(JWKS)).json()["code"] == "keys_unavailable"
     other = await start_service(make_settings(server.url, **both, region="us-east-1", kek="b" * 43))
     await waiting.ready()
-    await waiting.until(lambda: len(waiting.service.ring.document.keys) == 4)
-    await other.until(lambda: len(other.service.ring.document.keys) == 4)
+    await waiting.until(lambda: len(waiting.service.frontend.ring.document.keys) == 4)
+    await other.until(lambda: len(other.service.frontend.ring.document.keys) == 4)
     assert (await waiting.public.get(JWKS)).content == (await other.public.get(JWKS)).content

@@ -26,7 +26,7 @@ async def test_a_client_gets_an_access_token_of_rfc_9068(running: Running) -> No
     header, claims = jwt.get_unverified_header(body["access_token"]), claims_of(body["access_token"])
     assert header["typ"] == "at+jwt"
     assert header["alg"] == "RS256"
-    assert header["kid"] == running.service.ring.signing_key().kid
+    assert header["kid"] == running.service.frontend.ring.signing_key().kid
     assert {**claims, "iat": 0, "exp": claims["exp"] - claims["iat"], "jti": ""} == {
         "iss": ISSUER,
         "sub": "orders",

@@ -1,0 +1,70 @@
+"""``/keeper/*``: what API instances ask of their region's keeper. Everybody shows ``KEYSERVICE_KEEPER_SECRET``."""
+
+from __future__ import annotations
+
+import hmac
+
+from fastapi import APIRouter, Request, Response
+
+from keyservice.bearer import BearerRefused
+from keyservice.core.evidence import EpochKey
+from keyservice.errors import RequestRefused
+from keyservice.intents import EntriesBody, Intents, OutcomeBody, decode_entries, encode_entries
+from keyservice.limits import BULK_BODY_BYTES_MAX, BULK_REVOCATIONS_MAX
+from verifier.log import Entry, FormatError
+
+from .body import read_json
+from .problems import json_response
+
+__all__ = ["router"]
+
+
+def _entries(bodies: list[dict[str, str]]) -> list[Entry]:
+    if len(bodies) > BULK_REVOCATIONS_MAX:
+        raise RequestRefused("revocations_too_many", f"at most {BULK_REVOCATIONS_MAX} entries")
+    try:
+        return decode_entries(bodies)
+    except FormatError as error:
+        raise RequestRefused(error.code, "an entry cannot be read") from None
+
+
+def router(intents: Intents, secret: str) -> APIRouter:
+    """``intents`` is the keeper in this process."""
+    routes = APIRouter(prefix="/keeper")
+    expected = f"Bearer {secret}".encode()
+
+    def check(request: Request) -> None:
+        shown = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(shown, expected):
+            raise BearerRefused("keeper_secret_wrong", "this is not the keeper's secret", status=401)
+
+    @routes.post("/intents")
+    async def intend(request: Request) -> Response:
+        """What is on disk under each entry's id when this is answered."""
+        check(request)
+        body = await read_json(request, EntriesBody, BULK_BODY_BYTES_MAX)
+        stored = await intents.intend(_entries(body.entries))
+        return json_response({"entries": encode_entries(stored)})
+
+    @routes.post("/outcomes")
+    async def outcome(request: Request) -> Response:
+        """What became of intents."""
+        check(request)
+        body = await read_json(request, OutcomeBody, BULK_BODY_BYTES_MAX)
+        entries = _entries(body.entries)
+        if body.number is None:
+            await intents.given_up(entries)
+        else:
+            await intents.appended(EpochKey(body.number, body.nonce), entries)
+        return json_response({})
+
+    @routes.get("/entries/{entry_id}")
+    async def one(entry_id: str, request: Request) -> Response:
+        """What is stored under an id."""
+        check(request)
+        entry = await intents.find(entry_id)
+        if entry is None:
+            raise RequestRefused("revocation_unknown", "nothing is stored under this id", status=404)
+        return json_response({"entries": encode_entries([entry])})
+
+    return routes
