@@ -1,7 +1,7 @@
 """The command ``keyservice``.
 
-``serve`` runs the service. ``keys`` talks to a running one over its admin API, as a client named in the environment
-(``KEYSERVICE_ADMIN_URL``, ``KEYSERVICE_TOKEN_URL``, ``KEYSERVICE_CLIENT_ID``, ``KEYSERVICE_CLIENT_SECRET``).
+``serve`` runs the service. ``keys`` and ``keepers`` talk to a running one over its admin API
+(:mod:`keyservice.admin_client`).
 
 Exit codes: 0 done · 2 wrong usage or setting · 4 could not run. Errors are one line on standard error.
 """
@@ -9,7 +9,6 @@ Exit codes: 0 done · 2 wrong usage or setting · 4 could not run. Errors are on
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,17 +16,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError, StartError
+from .admin_client import call_admin
+from .cli_keepers import keepers
+from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError
 
 __all__ = ["main"]
-
-HTTP_TIMEOUT_S = 10.0
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 keys = typer.Typer(no_args_is_help=True, help="Signing keys of a running key service.")
 clients = typer.Typer(no_args_is_help=True, help="The clients file.")
 app.add_typer(keys, name="keys")
 app.add_typer(clients, name="clients")
+app.add_typer(keepers, name="keepers")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -82,7 +82,7 @@ def hash_secret(
 @keys.command("list")
 def list_keys(as_json: Json = False) -> None:
     """Every region's keys and their states."""
-    answer = _admin("GET", "/admin/keys")
+    answer = call_admin("GET", "/admin/keys")
     if as_json:
         print(json.dumps(answer))
         return
@@ -101,7 +101,7 @@ def list_keys(as_json: Json = False) -> None:
 @keys.command("rotate")
 def rotate_keys(as_json: Json = False) -> None:
     """Replace the region's active key as soon as the publish lead allows."""
-    answer = _admin("POST", "/admin/keys/rotate")
+    answer = call_admin("POST", "/admin/keys/rotate")
     if as_json:
         print(json.dumps(answer))
     elif answer["activates_at"] is None:
@@ -114,45 +114,6 @@ def _utc(seconds: int | None) -> str:
     from datetime import UTC, datetime
 
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-
-
-def _environment(name: str) -> str:
-    value = os.environ.get(name)
-    if not value:
-        raise SettingError("setting_missing", f"{name} is not set")
-    return value
-
-
-def _admin(method: str, path: str) -> Any:
-    """One call of the admin API with a token of our own; raises :class:`StartError` with the server's code."""
-    import httpx
-
-    token_url, admin_url = _environment("KEYSERVICE_TOKEN_URL"), _environment("KEYSERVICE_ADMIN_URL").rstrip("/")
-    credentials = (_environment("KEYSERVICE_CLIENT_ID"), _environment("KEYSERVICE_CLIENT_SECRET"))
-    form = {"grant_type": "client_credentials"}
-    if os.environ.get("KEYSERVICE_ISSUER"):
-        form["audience"] = f"{os.environ['KEYSERVICE_ISSUER'].rstrip('/')}/admin"
-    try:
-        with httpx.Client(timeout=HTTP_TIMEOUT_S, trust_env=False) as http:
-            token = _answer(http.post(token_url, data=form, auth=credentials))["access_token"]
-            return _answer(http.request(method, admin_url + path, headers={"Authorization": f"Bearer {token}"}))
-    except httpx.InvalidURL:
-        raise SettingError("setting_invalid", "KEYSERVICE_TOKEN_URL or KEYSERVICE_ADMIN_URL is not a URL") from None
-    except httpx.HTTPError as error:
-        message = f"no answer from KEYSERVICE_TOKEN_URL or KEYSERVICE_ADMIN_URL: {type(error).__name__}"
-        raise StartError("keyservice_unreachable", message) from None
-
-
-def _answer(response: Any) -> Any:
-    try:
-        body = response.json()
-    except ValueError:
-        body = {}
-    if response.is_success and isinstance(body, dict):
-        return body
-    code = body.get("code") or body.get("error") or f"http_{response.status_code}"
-    detail = body.get("detail") or body.get("error_description") or "the key service refused"
-    raise StartError(str(code), str(detail))
 
 
 def run(command: Callable[[], Any]) -> int:
