@@ -84,6 +84,7 @@ class KeeperRunner(LogListener):
         self._unsaved: list[tuple[Position, Entry]] = []
         self._head: LogHead | None = None
         self._absent = False
+        self._beat_at_ms: int | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="keeper")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -141,8 +142,10 @@ class KeeperRunner(LogListener):
     # -- what the mirror hears, on its thread -----------------------------------------------------------------------
 
     def begin(self) -> None:
-        """The log will be read from its first entry."""
+        """The log will be read from its first entry: what can matter no more is not put back into it."""
         with self._lock:
+            with suppress(KeeperUnavailable):  # said by the next write
+                self._drop_expired()
             self._head, self._absent = None, False
             self._keeper.begin()
 
@@ -160,6 +163,7 @@ class KeeperRunner(LogListener):
             holed = state.holed_nonce == state.epoch.nonce
             self._head = LogHead(state.epoch, state.beat, state.position, holed)
             self.problem = self._why_not(state)
+            self._beat_at_ms = self._beat_at_ms if state.beat is None else state.beat.at_ms
             step = self._next_step()
         self._soon(partial(self._act, step))
 
@@ -342,13 +346,14 @@ class KeeperRunner(LogListener):
         return tuple(dict.fromkeys((*self._regions, *voters)))
 
     async def drop_expired(self) -> None:
-        """Forget entries that can matter no more, by this clock and by the newest beat's."""
-        head = self._head
-        if head is None or head.beat is None:
-            return
-        limit = min(self._clock(), head.beat.at_ms / 1000) - self._drop_grace_s
+        """Forget entries that can matter no more."""
         with suppress(KeeperUnavailable):  # said by the next write
-            await self._in_thread(lambda: self.disk.drop_expired(limit))
+            await self._in_thread(self._drop_expired)
+
+    def _drop_expired(self) -> None:
+        """By this clock and by the newest beat's, so that one clock alone brings nothing back."""
+        if self._beat_at_ms is not None:
+            self.disk.drop_expired(min(self._clock(), self._beat_at_ms / 1000) - self._drop_grace_s)
 
     # -- keys -------------------------------------------------------------------------------------------------------
 

@@ -258,7 +258,11 @@ class Keeper:
         named = {key_of(link): link.opened for link in (*head.epoch.chain, *head.epoch.known)}
         links = tuple(link for key, link in self.disk.links.items() if key not in named or link.opened > named[key])
         chunk = digests[:APPEND_ENTRIES_MAX]
-        return Add(seen, tuple(self.disk.get(chunk)), links, complete=len(chunk) == len(digests))
+        entries = tuple(self.disk.get(chunk))
+        if len(entries) != len(chunk):  # some have expired and were dropped
+            for digest in set(chunk) - {entry.digest() for entry in entries}:
+                del self._missing[digest]
+        return Add(seen, entries, links, complete=len(chunk) == len(digests))
 
     def _lacking(self, seen: EpochKey, mono: float) -> list[bytes]:
         added = self._added if self._added_in == seen else ()
