@@ -9,7 +9,16 @@ import argparse
 import subprocess
 import sys
 
-BENCHMARKS = ("verify_speed", "link_accuracy", "revocation_lag")
+BENCHMARKS = (
+    "verify_speed",
+    "link_accuracy",
+    "revocation_lag",
+    "receipts",
+    "staleness",
+    "trust_appends",
+    "http_revocations",
+    "blocked_readers",
+)
 
 
 def run(name: str, as_json: bool) -> int:
