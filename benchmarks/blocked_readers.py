@@ -23,8 +23,8 @@ async def _round(uds: Path, primary: Path, readers: int) -> list[float]:
     for _, writer in opened:
         writer.write(XREAD)
     with client_of(uds) as replica, client_of(primary) as client:
-        while int(replica.info("clients")["blocked_clients"]) < readers:
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - the server has no event for it
+        while int(replica.info("clients")["blocked_clients"]) < readers:  # noqa: ASYNC110 - the server has no event for it
+            await asyncio.sleep(0.02)
         arrived: list[float] = []
 
         async def wait(reader: asyncio.StreamReader) -> None:

@@ -99,6 +99,10 @@ class Caller:
         url = f"{self.urls.orders_url}/orders"
         return (await self.http.get(url, headers={"Authorization": f"Bearer {token}"})).status_code
 
+    async def verifier_status(self) -> Any:
+        """What the verifier in this region's order service says of itself."""
+        return expect("status", await self.http.get(f"{self.urls.orders_url}/status"), 200)
+
     async def jwks(self) -> httpx.Response:
         """This region's key set."""
         return await self.http.get(f"{self.urls.keyservice_url}/.well-known/jwks.json")
