@@ -42,6 +42,7 @@ SCRIPTS: Final = (
     "keys_put.lua",
     "open.lua",
     "prune.lua",
+    "reader_format.lua",
     "refresh.lua",
     "register.lua",
     "report.lua",
