@@ -41,10 +41,13 @@ SCRIPTS: Final = (
     "keys_merge.lua",
     "keys_put.lua",
     "open.lua",
+    "prune.lua",
+    "reader_format.lua",
     "refresh.lua",
     "register.lua",
     "report.lua",
     "session_start.lua",
+    "trim.lua",
 )
 UNCHECKED: Final = frozenset({"refresh.lua", "session_start.lua"})
 """Scripts on ``{ks}:*`` alone, which have no part in the trust log's checks."""
@@ -52,11 +55,13 @@ UNCHECKED: Final = frozenset({"refresh.lua", "session_start.lua"})
 
 @cache
 def load_script(name: str) -> tuple[str, str]:
-    """A script with the shared checks in front, and its SHA-1."""
+    """A script with the shared checks in front, and its SHA-1. A line of flags (``#!lua …``) stays the first."""
     folder = resources.files(__package__) / "scripts"
     text = (folder / name).read_text()
+    flags, text = text.split("\n", 1) if text.startswith("#!") else ("", text)
     if name not in UNCHECKED:
         text = (folder / "_checks.lua").read_text() + text
+    text = f"{flags}\n{text}" if flags else text
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 

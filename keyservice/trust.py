@@ -46,7 +46,7 @@ from .store import Node
 __all__ = ["BeatResult", "KeysView", "TrustLog", "private_key_name", "read_keys"]
 
 T = TypeVar("T")
-_APPEND_KEYS: Final = (LOG_KEY, EPOCH_KEY, BEAT_KEY)
+_APPEND_KEYS: Final = (LOG_KEY, EPOCH_KEY, BEAT_KEY, META_KEY)
 _log = structlog.get_logger(__name__)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "FORMAT",
     "KEYS_KEY",
     "KINDS",
+    "KIND_FORMATS",
     "LOG_KEY",
     "META_KEY",
     "Beat",
@@ -57,7 +58,12 @@ CUTOFF_KINDS: Final = frozenset({"sub", "client", "all"})
 """Kinds that revoke what was issued at or before ``before``."""
 
 EPOCH_KIND: Final = "epoch"
-KINDS: Final = EXACT_KINDS | CUTOFF_KINDS | {EPOCH_KIND}
+
+KIND_FORMATS: Final[Mapping[str, int]] = dict.fromkeys(sorted(EXACT_KINDS | CUTOFF_KINDS | {EPOCH_KIND}), 1)
+"""Which format a reader must know to enforce each kind. A kind that is not in the first format is written only to a log
+whose ``min_reader_format`` was raised to its own: a reader below that is not fresh, instead of fresh and ignorant."""
+
+KINDS: Final = frozenset(KIND_FORMATS)
 
 NEVER_EXPIRES: Final = 0
 """``expires_at`` of an entry that is kept for ever (``kid``)."""

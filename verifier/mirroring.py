@@ -143,6 +143,11 @@ class MirrorThread(ABC):
         """The revocations known now."""
         return self._view.snapshot
 
+    @property
+    def answered_gaps(self) -> frozenset[Gap]:
+        """Holes of the log that were found before the present epoch began: it answers them by opening."""
+        return self._known_gaps
+
     def subscribe(self, on_change: Callable[[View], None]) -> None:
         """Call ``on_change(view)`` after each new view is in place, from the thread that made it."""
         self._on_change.append(on_change)
@@ -246,7 +251,10 @@ class MirrorThread(ABC):
         if reader.position is None:
             raise NotReady("the trust log is empty")
         reader.tolerant = False  # the next gap is another one, and may heal
+        reader.whole = True
         self._reader = reader
+        with self._mirror_lock:
+            self._publish(position=reader.position, freshness=self._reached(reader, reader.position))
 
     def _apply(self, reader: Reader, batch: list[Raw]) -> None:
         """Entries, in the log's order; raises :class:`Reread`."""
@@ -260,13 +268,17 @@ class MirrorThread(ABC):
         self.counters["entries_read"] += len(accepted)
         with self._mirror_lock:
             self._mirror.apply(entry for _, entry in accepted)
-            self._publish(
-                snapshot=self._mirror.snapshot,
-                position=reader.position,
-                freshness=replace(self._view.freshness, holed_nonce=reader.holed_nonce).reached(accepted[-1][0]),
-            )
+            snapshot = self._mirror.snapshot
+            if reader.whole:
+                reached = self._reached(reader, accepted[-1][0])
+                self._publish(snapshot=snapshot, position=reader.position, freshness=reached)
+            else:  # what was carried forward is still to come: what is held grows, but no position vouches for it yet
+                self._publish(snapshot=snapshot)
         for listener in self._listeners:
             listener.entries(accepted)
+
+    def _reached(self, reader: Reader, position: Position) -> Freshness:
+        return replace(self._view.freshness, holed_nonce=reader.holed_nonce).reached(position)
 
     def _round(self, reader: Reader, state: LogState) -> None:
         """What stood beside the log after the entries that were applied before; raises :class:`Reread`."""

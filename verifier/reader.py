@@ -16,6 +16,11 @@ keep everything held, read the log again from its first entry, and take the unio
     re-reading   a gap that is in the log itself              taken over it; the epoch's beats do not count
     re-reading   a gap that an earlier epoch had recorded     taken over it: the regions have answered with this epoch
 
+A log is trimmed at its head, and what lives there is appended again at the tail in the same step. So a pass over a
+trimmed log holds everything that lives only once it was read to its end (``whole``): until then neither its position
+nor a beat counts. A trim between two batches shows as a hole; the meta that stood beside the batch
+(:meth:`Reader.beside`) tells the two apart, so that no trim is ever taken for a loss.
+
 An entry that cannot be parsed takes its place in the sequence and is counted, so that one poison entry stops nobody.
 """
 
@@ -46,7 +51,8 @@ Gap = tuple[tuple[int, int] | None, tuple[int, int]]
 class Reader:
     """One pass over the log. ``tolerant`` is set while re-reading a log that is known to have a hole.
 
-    ``known`` are gaps that were recorded in earlier epochs, ``gaps`` those that this pass was taken over.
+    ``known`` are gaps that were recorded in earlier epochs, ``gaps`` those that this pass was taken over. ``whole``:
+    it was read to the end once, and holds everything that lives up to its position.
     """
 
     meta: Meta
@@ -57,6 +63,15 @@ class Reader:
     position: Position | None = None
     holed_nonce: str | None = None
     skipped: list[str] = field(default_factory=list)
+    whole: bool = False
+
+    def beside(self, meta: Meta) -> None:
+        """The meta that stood beside the next batch, or later; raises :class:`Reread` if that was trimmed past me."""
+        if meta.incarnation != self.meta.incarnation:
+            raise Reread("incarnation")
+        if self.position is not None and _trimmed_past(meta, self.position):
+            raise Reread("trimmed")
+        self.meta = meta
 
     def accept(self, batch: Iterable[Raw]) -> list[tuple[Position, Entry]]:
         """The batch's entries with their positions; raises :class:`Reread` and keeps the position before the gap."""
@@ -123,10 +138,14 @@ class Reader:
         last = self.position
         if last is None or last_id is None or last_id < last[:2]:
             raise Reread("rewind")
+        if _trimmed_past(meta, last):
+            raise Reread("trimmed")
         if epoch.nonce_of(last.epoch) != last.nonce and self.holed_nonce is None:
             raise Reread("nonce")
-        if meta.trimmed_to is not None and meta.trimmed_to > last[:2]:
-            raise Reread("trimmed")
         if self.holed_nonce is not None and epoch.nonce != self.holed_nonce:
             raise Reread("next_epoch")
         self.meta, self.epoch = meta, epoch
+
+
+def _trimmed_past(meta: Meta, position: Position) -> bool:
+    return meta.trimmed_to is not None and meta.trimmed_to > position[:2]

@@ -98,8 +98,13 @@ class ReplicaMirror(MirrorThread):
         reader = self._begin(self._read_state(client))
         cursor = "-"
         while True:
-            reply: Any = client.xrange(LOG_KEY, min=cursor, count=READ_BATCH_ENTRIES)
-            batch: list[Raw] = reply
+            with client.pipeline(transaction=True) as pipe:  # a trim between two batches is told from a hole
+                pipe.xrange(LOG_KEY, min=cursor, count=READ_BATCH_ENTRIES)
+                pipe.hgetall(META_KEY)
+                batch, meta = pipe.execute()
+            if not meta:
+                raise self._absent()
+            reader.beside(Meta.decode(meta))
             self._apply(reader, batch)
             if self._closing.is_set():
                 return None
@@ -112,7 +117,12 @@ class ReplicaMirror(MirrorThread):
     def _next_round(self, client: redis.Redis, reader: Reader) -> None:
         assert reader.position is not None
         reply: Any = client.xread({LOG_KEY: reader.position.stream_id}, READ_BATCH_ENTRIES, self._tail_block_ms)
-        self._apply(reader, _only_stream(reply))
+        try:
+            self._apply(reader, _only_stream(reply))
+        except Reread:
+            self._reader = None  # whatever becomes of the next line, the log is read again: entries may have been lost
+            reader.beside(self._read_state(client).meta)  # if the log was trimmed meanwhile, that is no hole
+            raise
         self._round(reader, self._read_state(client))
 
     def _read_state(self, client: redis.Redis) -> LogState:

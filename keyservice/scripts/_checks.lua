@@ -79,3 +79,11 @@ local function write_beat(beat_key, epoch_key, log_key, number, nonce, now_ms)
     redis.call('HDEL', beat_key, 'confirmed_n', 'confirmed_at', 'confirmed_position')
   end
 end
+
+-- nil if every verifier that calls itself fresh knows this format; otherwise an error reply.
+local function check_readers(meta_key, format)
+  if not meta_key or tonumber(redis.call('HGET', meta_key, 'min_reader_format') or '0') < format then
+    return redis.error_reply('TRUST_READERS verifiers need not know this kind yet: raise min_reader_format first')
+  end
+  return nil
+end

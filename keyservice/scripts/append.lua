@@ -1,10 +1,27 @@
--- Append entries to the log, and name epochs. KEYS: log, epoch, beat. ARGV: number, nonce, the epochs that the caller
--- knows (JSON, "" for none), then per entry nine fields (id, kind, issuer, value, before, expires_at, reason, at, region);
--- an `at` of 0 becomes the server's time. Returns {first seq, last seq ("" for no entries), the server's time (ms), the
--- newest beat of this epoch (-1: none)}.
+-- Append entries to the log, and name epochs. KEYS: log, epoch, beat, and meta, without which only kinds of format 1 are
+-- taken. ARGV: number, nonce, the epochs that the caller knows (JSON, "" for none), then per entry nine fields (id, kind,
+-- issuer, value, before, expires_at, reason, at, region); an `at` of 0 becomes the server's time. Returns {first seq,
+-- last seq ("" for no entries), the server's time (ms), the newest beat of this epoch (-1: none)}.
 local refusal = check_epoch(KEYS[2], ARGV[1], ARGV[2])
 if refusal then
   return refusal
+end
+
+-- KIND_FORMATS of verifier/log.py. A kind that readers need not know yet would be skipped by some of them in silence.
+local kind_formats = {all = 1, client = 1, epoch = 1, jti = 1, kid = 1, sid = 1, sub = 1, tok = 1}
+local needed = 1
+for i = 4, #ARGV, 9 do
+  local format = kind_formats[ARGV[i + 1]]
+  if not format then
+    return redis.error_reply('TRUST_KIND no kind of this release')
+  end
+  needed = math.max(needed, format)
+end
+if needed > 1 then
+  refusal = check_readers(KEYS[4], needed)
+  if refusal then
+    return refusal
+  end
 end
 
 local now_ms = server_ms()
