@@ -8,6 +8,7 @@ but for the keeper's disk, which is locked.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,14 +34,16 @@ from .envelope import Kek
 from .errors import PrimaryUnreachable, SettingError, SigningUnavailable, StartError
 from .frontend import Frontend
 from .intents import Intents, KeeperClient
-from .jobs import Beats, KeyPoll, end, repeat
+from .jobs import Beats, KeyPoll, TrimJob, end, repeat
 from .keeper import KeeperRunner
 from .keeper_disk import SqliteDisk
+from .keeper_keys import KeyKeeper
 from .limits import KEEPER_TAIL_BLOCK_MS, KEEPER_TICK_S, KEYS_POLL_S
 from .receipts import Receipts
 from .settings import Settings
 from .store import Node
 from .telemetry import Metrics
+from .trimming import Trimmer
 from .trust import KeysView, TrustLog, read_keys
 
 __all__ = ["Service", "build"]
@@ -49,6 +52,7 @@ _log = structlog.get_logger(__name__)
 
 START_RETRY_S = 0.2
 EXPIRE_EVERY_S = 60.0
+TRIM_EVERY_S = 10.0
 
 
 def build(settings: Settings, *, clock: Callable[[], float] = time.time) -> Service:
@@ -82,7 +86,7 @@ class Service:
         self._build_store(settings)
         self.keeper, self.intents = self._build_keeper(settings)
         self.frontend = None if kek is None else Frontend(self, kek, clients)
-        parts = (self.frontend.ring.take if self.frontend else None, self.keeper.keys_read if self.keeper else None)
+        parts = (self.frontend.ring.take if self.frontend else None, self._key_keeper.take if self.keeper else None)
         takers: list[Callable[[KeysView], Awaitable[bool]]] = [take for take in parts if take is not None]
         self._poll = KeyPoll(self.own, takers, self.metrics, region=settings.region)
         self.apps = self._build_apps(settings)
@@ -123,8 +127,9 @@ class Service:
             assert settings.keeper_secret is not None
             secret = settings.keeper_secret.get_secret_value()
             return None, KeeperClient(settings.keeper_url, secret, source_address=settings.source_address)
+        disk = SqliteDisk(settings.keeper_dir, region=settings.region)
         runner = KeeperRunner(
-            SqliteDisk(settings.keeper_dir, region=settings.region),
+            disk,
             self.trust,
             self.own,
             self.primary,
@@ -136,6 +141,14 @@ class Service:
             clock=self.clock,
         )
         self.mirror.listen(runner)
+        self._key_keeper = KeyKeeper(runner, disk, self.trust)
+        trimmer = Trimmer(
+            self.primary,
+            drop_grace_s=math.ceil(settings.drop_grace_s),
+            answered=lambda: self.mirror.answered_gaps,
+            clock=self.clock,
+        )
+        self._trimming = TrimJob(runner, trimmer, self.beats, self.metrics)
         return runner, runner
 
     def _build_apps(self, settings: Settings) -> dict[str, ASGIApp]:
@@ -178,6 +191,7 @@ class Service:
         ]
         if self.keeper is not None:
             rounds.append((self.keeper.once, lambda: KEEPER_TICK_S))
+            rounds.append((self._trimming.once, lambda: TRIM_EVERY_S))
         if self.frontend is not None:
             self.frontend.start()
         self._tasks = [asyncio.create_task(repeat(once, pause_s, self._stopping)) for once, pause_s in rounds]

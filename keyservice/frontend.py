@@ -60,7 +60,7 @@ class Frontend:
             clock=service.clock,
             check_clock=service.beats.check_clock,
             enforce=service.enforce,
-            count=service.metrics.count_append,
+            metrics=service.metrics,
         )
         self._build_tokens(clients)
 

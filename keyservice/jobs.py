@@ -23,13 +23,15 @@ from redis.exceptions import RedisError
 from verifier.log import EPOCH_KEY
 
 from .errors import ClockSkewed, StoreError
+from .keeper import KeeperRunner
 from .limits import BEAT_TIMEOUT_S, SKEW_PROBE_S
 from .rotator import Rotator
 from .store import Node
 from .telemetry import Metrics
+from .trimming import Trimmer
 from .trust import KeysView, TrustLog, read_keys
 
-__all__ = ["Beats", "KeyPoll", "RotationJob", "end", "repeat"]
+__all__ = ["Beats", "KeyPoll", "RotationJob", "TrimJob", "end", "repeat"]
 
 _log: Final = structlog.get_logger(__name__)
 
@@ -164,6 +166,32 @@ class KeyPoll:
         self._metrics.keys.clear()
         for record in view.records.values():
             self._metrics.keys.labels(record.region, record.state).inc()
+
+
+class TrimJob:
+    """Cuts the log shorter now and then, where that is for this region's keeper to do."""
+
+    def __init__(self, runner: KeeperRunner, trimmer: Trimmer, beats: Beats, metrics: Metrics) -> None:
+        self._runner = runner
+        self._trimmer = trimmer
+        self._beats = beats
+        self._metrics = metrics
+
+    async def once(self) -> None:
+        """One run; a clock that is off must not decide what has expired."""
+        outcome = "more"
+        try:
+            if self._beats.clock_skewed or not await self._runner.trims():
+                return
+            while outcome == "more":
+                done = await self._trimmer.once()
+                outcome = done.outcome
+                self._metrics.trimmed.inc(done.removed - done.carried)
+                if done.removed:
+                    _log.info("trust log trimmed", removed=done.removed, carried=done.carried)
+        except StoreError as error:
+            outcome = error.code
+        self._metrics.trim_runs.labels(outcome).inc()
 
 
 class RotationJob:

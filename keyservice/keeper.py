@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -21,13 +21,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
-from verifier.log import FORMAT, Entry, Position
+from verifier.log import FORMAT, Entry, Epoch, Position
 from verifier.mirroring import LogListener, Round
 
 from .core.epochs import founders
 from .core.evidence import EpochKey, LogHead, Protocol, Report, key_of
 from .core.keepers import Add, Bump, Keeper, Register, Send, Step
-from .core.rotation import FINAL_STATES, KeyRecord
 from .errors import KeeperUnavailable, StartError, StoreError
 from .evidence import Evidence, read_evidence
 from .keeper_disk import SqliteDisk
@@ -41,7 +40,7 @@ from .limits import (
 )
 from .store import Node
 from .telemetry import Metrics, version
-from .trust import KeysView, TrustLog
+from .trust import TrustLog
 
 __all__ = ["KeeperRunner"]
 
@@ -161,7 +160,7 @@ class KeeperRunner(LogListener):
             if not self._save(state):
                 return
             holed = state.holed_nonce == state.epoch.nonce
-            self._head = LogHead(state.epoch, state.beat, state.position, holed)
+            self._head = LogHead(state.epoch, state.beat, state.position, holed, state.meta.trimmed_to)
             self.problem = self._why_not(state)
             self._beat_at_ms = self._beat_at_ms if state.beat is None else state.beat.at_ms
             step = self._next_step()
@@ -183,7 +182,11 @@ class KeeperRunner(LogListener):
     def _next_step(self) -> Step | None:
         if self.problem is not None or (self._head is None and not self._absent):
             return None
-        return self._keeper.next_step(self._head, time.monotonic())
+        try:
+            return self._keeper.next_step(self._head, time.monotonic())
+        except KeeperUnavailable as error:
+            self.problem = error.code
+            return None
 
     def _save(self, state: Round | None = None) -> bool:
         """Store what was read; False if the disk does not take it now."""
@@ -214,7 +217,7 @@ class KeeperRunner(LogListener):
 
     async def _decide(self) -> None:
         """Between two rounds: carry out what the keeper wants now."""
-        self._act(await self._in_thread(self._next_step))
+        self._act(await self.in_thread(self._next_step))
 
     def _act(self, step: Step | None) -> None:
         if self._loop is None:
@@ -257,7 +260,7 @@ class KeeperRunner(LogListener):
             beat_n = await self._trust.add(step)
             if step.entries:
                 _log.info("keeper added entries", count=len(step.entries), epoch=step.seen.number)
-            await self._in_thread(lambda: self._keeper.added(step, beat_n, time.monotonic()))
+            await self.in_thread(lambda: self._keeper.added(step, beat_n, time.monotonic()))
             return True
         return False
 
@@ -282,7 +285,7 @@ class KeeperRunner(LogListener):
                 raise StartError("region_has_keeper", f"{message}; stop it, and wait {KEEPER_ALIVE_S:g} s")
         if report is not None and report.keeper_id == self.disk.keeper_id and report.commit > self.disk.commit:
             old = self.disk.keeper_id
-            await self._in_thread(self.disk.become_another)
+            await self.in_thread(self.disk.become_another)
             _log.error("this disk is an old copy: the keeper takes a new id", old=old, new=self.disk.keeper_id)
         if node is self._primary:
             self._identified = True
@@ -332,7 +335,7 @@ class KeeperRunner(LogListener):
         if head is None or head.epoch.open or self.problem is not None:
             return
         try:
-            evidence = await read_evidence(self._own, self.regions_of(head.epoch.chain[-1].voters))
+            evidence = await self.evidence(head.epoch)
             epoch = evidence.epoch
             if epoch is None or epoch.open or not self._protocol.may_open(epoch, evidence.reports.values()):
                 return
@@ -341,51 +344,31 @@ class KeeperRunner(LogListener):
         except StoreError as error:
             _log.info("epoch not opened", code=error.code)
 
-    def regions_of(self, voters: Iterable[str]) -> tuple[str, ...]:
-        """Every region that may have a keeper: those of the settings, and those with a seat."""
-        return tuple(dict.fromkeys((*self._regions, *voters)))
+    async def evidence(self, epoch: Epoch) -> Evidence:
+        """What every region's keeper has reported, as the own region's server shows it; raises :class:`StoreError`."""
+        return await read_evidence(self._own, tuple(dict.fromkeys((*self._regions, *self._protocol.voters(epoch)))))
+
+    async def trims(self) -> bool:
+        """Whether trimming the log is for this keeper to do: the first, by region, of the voters that are merged.
+
+        Raises :class:`StoreError`.
+        """
+        head = self._head
+        if head is None or not head.epoch.open or self.problem is not None:
+            return False
+        merged = self._protocol.merged_ids(head.epoch, (await self.evidence(head.epoch)).reports.values())
+        seated = sorted((region, seat) for region, seat in self._protocol.voters(head.epoch).items() if seat in merged)
+        return bool(seated) and seated[0] == (self._region, self.disk.keeper_id)
 
     async def drop_expired(self) -> None:
         """Forget entries that can matter no more."""
         with suppress(KeeperUnavailable):  # said by the next write
-            await self._in_thread(self._drop_expired)
+            await self.in_thread(self._drop_expired)
 
     def _drop_expired(self) -> None:
         """By this clock and by the newest beat's, so that one clock alone brings nothing back."""
         if self._beat_at_ms is not None:
             self.disk.drop_expired(min(self._clock(), self._beat_at_ms / 1000) - self._drop_grace_s)
-
-    # -- keys -------------------------------------------------------------------------------------------------------
-
-    async def keys_read(self, view: KeysView) -> bool:
-        """Hold the key records that were read, and put back what the log lacks of them; False if that did not work."""
-        if view.epoch is None:
-            return False
-        try:
-            held, private = await self._in_thread(lambda: self._store_keys(view))
-            behind = [r for kid, r in held.items() if kid not in view.records or view.records[kid].order < r.order]
-            lost = {kid: envelope for kid, envelope in private.items() if kid not in view.private}
-            if behind or lost:
-                count = await self._trust.put_back_keys(key_of(view.epoch), behind, lost)
-                _log.warning("keeper put back keys", count=count)
-        except (StoreError, KeeperUnavailable) as error:
-            _log.info("keys not held or put back", code=error.code)
-            return False
-        return True
-
-    def _store_keys(self, view: KeysView) -> tuple[dict[str, KeyRecord], dict[str, bytes]]:
-        held, private = self.disk.keys(), self.disk.private()
-        new = {kid: r for kid, r in view.records.items() if kid not in held or held[kid].order < r.order}
-        held |= new
-        over = [kid for kid in private if kid in held and held[kid].state in FINAL_STATES]
-        wrapped = {
-            kid: envelope
-            for kid, envelope in view.private.items()
-            if private.get(kid) != envelope and not (kid in held and held[kid].state in FINAL_STATES)
-        }
-        if new or wrapped or over:
-            self.disk.store_keys(new.values(), wrapped, over)
-        return held, {kid: envelope for kid, envelope in (private | wrapped).items() if kid not in over}
 
     # -- writers' intents -------------------------------------------------------------------------------------------
 
@@ -409,7 +392,7 @@ class KeeperRunner(LogListener):
     async def _store_batch(self, batch: list[tuple[Sequence[Entry], asyncio.Future[list[Entry]]]]) -> None:
         wanted = [entry for entries, _ in batch for entry in entries]
         try:
-            stored = iter(await self._in_thread(lambda: self._intend(wanted)))
+            stored = iter(await self.in_thread(lambda: self._intend(wanted)))
         except KeeperUnavailable as error:
             for _, done in batch:
                 if not done.done():
@@ -432,22 +415,22 @@ class KeeperRunner(LogListener):
 
     async def appended(self, epoch: EpochKey, entries: Sequence[Entry]) -> None:
         """See :class:`~keyservice.intents.Intents`."""
-        await self._in_thread(lambda: self._keeper.appended(epoch, entries))
+        await self.in_thread(lambda: self._keeper.appended(epoch, entries))
 
     async def given_up(self, entries: Sequence[Entry]) -> None:
         """See :class:`~keyservice.intents.Intents`."""
-        await self._in_thread(lambda: self._keeper.given_up(entries))
+        await self.in_thread(lambda: self._keeper.given_up(entries))
         await self._decide()
 
     async def find(self, entry_id: str) -> Entry | None:
         """See :class:`~keyservice.intents.Intents`."""
-        found = await self._in_thread(lambda: self.disk.find_all([entry_id]))
+        found = await self.in_thread(lambda: self.disk.find_all([entry_id]))
         return found.get(entry_id)
 
     async def close(self) -> None:
         """Nothing: :meth:`stop` ends it."""
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
+    async def in_thread(self, work: Callable[[], T]) -> T:
         """Run it on the keeper's thread, under the lock: it waits for the disk."""
 
         def locked() -> T:

@@ -26,6 +26,7 @@ from .errors import KeeperUnavailable, KeyserviceError, OutcomeUnknown, RequestR
 from .intents import Intents
 from .limits import APPEND_ENTRIES_MAX
 from .receipts import Receipt, Receipts
+from .telemetry import Metrics
 from .trust import TrustLog
 
 __all__ = ["Outcome", "Revoker"]
@@ -54,7 +55,7 @@ class Revoker:
         clock: Callable[[], float],
         check_clock: Callable[[], None],
         enforce: Callable[[list[Entry]], None],
-        count: Callable[[str, int], None],
+        metrics: Metrics,
     ) -> None:
         self._trust = trust
         self._intents = intents
@@ -65,7 +66,7 @@ class Revoker:
         self._clock = clock
         self._check_clock = check_clock
         self._enforce = enforce
-        self._count = count
+        self._metrics = metrics
         self._under_way: dict[str, asyncio.Event] = {}
         self._hints: set[asyncio.Task[None]] = set()
 
@@ -106,8 +107,12 @@ class Revoker:
 
     async def _settle(self, outcomes: list[Stored | KeyserviceError]) -> list[Outcome]:
         stored = [outcome for outcome in outcomes if isinstance(outcome, Stored)]
-        receipts = iter(await self._receipts.settle(stored, self._receipt_wait_s) if stored else ())
-        return [next(receipts) if isinstance(outcome, Stored) else outcome for outcome in outcomes]
+        receipts = await self._receipts.settle(stored, self._receipt_wait_s) if stored else []
+        replicated = sum(receipt.replicated for receipt in receipts)
+        self._metrics.count_receipts("replicated", replicated)
+        self._metrics.count_receipts("pending", len(receipts) - replicated)
+        following = iter(receipts)
+        return [next(following) if isinstance(outcome, Stored) else outcome for outcome in outcomes]
 
     async def _known(self, wanted: Draft) -> Stored | KeyserviceError | None:
         """The outcome of an id that was seen before; None after claiming an id that was not."""
@@ -135,7 +140,7 @@ class Revoker:
         try:
             held = await self._intents.intend(list(entries.values()))
         except KeeperUnavailable as error:
-            self._count(error.code, len(entries))
+            self._metrics.count_append(error.code, len(entries))
             return outcomes | dict.fromkeys(entries, error)
         new: dict[int, Entry] = {}
         for (place, entry), stored in zip(entries.items(), held, strict=True):
@@ -161,12 +166,12 @@ class Revoker:
         try:
             stored = await self._trust.append(entries)
         except StoreError as error:
-            self._count(error.code, len(entries))
+            self._metrics.count_append(error.code, len(entries))
             _log.warning("not appended yet; the keeper goes on", code=error.code, count=len(entries))
             if not isinstance(error, OutcomeUnknown):  # else the keeper first waits for it to show up in the log
                 self._hint(self._intents.given_up(entries))
             return [Stored(entry, None) for entry in entries]
-        self._count("appended", len(entries))
+        self._metrics.count_append("appended", len(entries))
         position = stored[0].position
         assert position is not None
         self._hint(self._intents.appended(EpochKey(position.epoch, position.nonce), entries))

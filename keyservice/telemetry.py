@@ -71,6 +71,10 @@ class Metrics:
         self.keeper_pending = Gauge(
             "keyservice_keeper_pending", "Entries on the keeper's disk that the log lacks", registry=registry
         )
+        self.trim_runs = Counter(
+            "keyservice_trim_runs", "Attempts to cut the log shorter, by outcome", ("outcome",), registry=registry
+        )
+        self.trimmed = Counter("keyservice_trimmed_entries", "Entries that the log lost by trimming", registry=registry)
         self.receipts = Counter(
             "keyservice_receipts", "Revocations answered, by durability", ("durability",), registry=registry
         )
@@ -91,6 +95,10 @@ class Metrics:
     def count_append(self, outcome: str, entries: int) -> None:
         """``outcome`` is ``appended`` or an error's code."""
         self.appends.labels(outcome).inc(entries)
+
+    def count_receipts(self, durability: str, receipts: int) -> None:
+        """``durability`` is ``replicated`` or ``pending``."""
+        self.receipts.labels(durability).inc(receipts)
 
     def render(self) -> bytes:
         """The text exposition format."""

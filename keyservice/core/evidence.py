@@ -33,12 +33,16 @@ def key_of(epoch: Epoch | EpochLink) -> EpochKey:
 
 
 class LogHead(NamedTuple):
-    """Where a log that was read to its end stands. ``holed``: this epoch's log lacks an entry that it must have had."""
+    """Where a log that was read to its end stands. ``holed``: this epoch's log lacks an entry that it must have had.
+
+    ``trimmed_to`` is the stream id up to which it was trimmed on purpose.
+    """
 
     epoch: Epoch
     beat: Beat | None
     position: Position
     holed: bool = False
+    trimmed_to: tuple[int, int] | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,6 +57,7 @@ from keyservice.limits import APPEND_ENTRIES_MAX
 from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Position
 
 from .evidence import EpochKey, LogHead, Report, Voters, key_of
+from .trimming import kept_links
 
 __all__ = ["Add", "Bump", "Disk", "Keeper", "MemoryDisk", "Register", "Send", "Step"]
 
@@ -92,6 +93,9 @@ class Disk(Protocol):
     def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
         """Keep what is new; an epoch once known to have opened stays so."""
 
+    def drop_links(self, keys: Iterable[EpochKey]) -> None:
+        """Forget epochs that nobody can ask for any more."""
+
     def make_promise(self, epoch: EpochKey) -> None:
         """Rule 5; a promise only moves forward."""
 
@@ -119,6 +123,11 @@ class MemoryDisk:
             self.entries.update(new)
             self.links.update(changed)
             self.commit += 1
+
+    def drop_links(self, keys: Iterable[EpochKey]) -> None:
+        for key in list(keys):
+            if self.links.pop(key, None) is not None:
+                self.commit += 1
 
     def make_promise(self, epoch: EpochKey) -> None:
         if self.promise is None or epoch > self.promise:
@@ -249,6 +258,7 @@ class Keeper:
         add = self.lacking(head, mono)
         if self._merged != seen or add.entries:
             return add
+        self.forget_epochs(head)
         return Send(self.report(head))
 
     def lacking(self, head: LogHead, mono: float) -> Add:
@@ -256,7 +266,8 @@ class Keeper:
         seen = key_of(head.epoch)
         digests = self._lacking(seen, mono)
         named = {key_of(link): link.opened for link in (*head.epoch.chain, *head.epoch.known)}
-        links = tuple(link for key, link in self.disk.links.items() if key not in named or link.opened > named[key])
+        needed = {key_of(link): link for link in kept_links(self.disk.links.values(), head.epoch, head.trimmed_to)}
+        links = tuple(link for key, link in needed.items() if key not in named or link.opened > named[key])
         chunk = digests[:APPEND_ENTRIES_MAX]
         entries = tuple(self.disk.get(chunk))
         if len(entries) != len(chunk):  # some have expired and were dropped
@@ -267,6 +278,13 @@ class Keeper:
     def _lacking(self, seen: EpochKey, mono: float) -> list[bytes]:
         added = self._added if self._added_in == seen else ()
         return [digest for digest in self._missing if digest not in added and self._intents.get(digest, 0.0) <= mono]
+
+    def forget_epochs(self, head: LogHead) -> None:
+        """Once merged: drop what the log need not be told of any more."""
+        links = self.disk.links
+        kept = {key_of(link) for link in kept_links(links.values(), head.epoch, head.trimmed_to)}
+        if len(kept) < len(links):
+            self.disk.drop_links([key for key in links if key not in kept])
 
     def is_outvoted(self, head: LogHead) -> bool:
         """Whether the log fell back behind the promise. Without a new epoch a minority's would stall everybody."""

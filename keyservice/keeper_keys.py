@@ -1,0 +1,57 @@
+"""A keeper's part in the keys: it holds the furthest record of each, and puts back what a log lacks of them.
+
+Public records are merged by the furthest state, then the higher ``rev``. Of private keys it holds its own region's, as
+wrapped as they are in Redis: a keeper needs no key-encryption key, and cannot unwrap any.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import structlog
+
+from .core.evidence import key_of
+from .core.rotation import FINAL_STATES, KeyRecord
+from .errors import KeeperUnavailable, StoreError
+from .keeper import KeeperRunner
+from .keeper_disk import SqliteDisk
+from .trust import KeysView, TrustLog
+
+__all__ = ["KeyKeeper"]
+
+_log: Final = structlog.get_logger(__name__)
+
+
+class KeyKeeper:
+    """Takes every reading of the key set, as a taker of :class:`~keyservice.jobs.KeyPoll`."""
+
+    def __init__(self, runner: KeeperRunner, disk: SqliteDisk, trust: TrustLog) -> None:
+        self._runner = runner
+        self._disk = disk
+        self._trust = trust
+
+    async def take(self, view: KeysView) -> bool:
+        """Hold what was read, and put back what the log lacks of it; False if that did not work."""
+        if view.epoch is None:
+            return False
+        try:
+            held, private = await self._runner.in_thread(lambda: self._store(view))
+            behind = [r for kid, r in held.items() if kid not in view.records or view.records[kid].order < r.order]
+            lost = {kid: envelope for kid, envelope in private.items() if kid not in view.private}
+            if behind or lost:
+                count = await self._trust.put_back_keys(key_of(view.epoch), behind, lost)
+                _log.warning("keeper put back keys", count=count)
+        except (StoreError, KeeperUnavailable) as error:
+            _log.info("keys not held or put back", code=error.code)
+            return False
+        return True
+
+    def _store(self, view: KeysView) -> tuple[dict[str, KeyRecord], dict[str, bytes]]:
+        held, private = self._disk.keys(), self._disk.private()
+        new = {kid: r for kid, r in view.records.items() if kid not in held or held[kid].order < r.order}
+        held |= new
+        over = {kid for kid, record in held.items() if record.state in FINAL_STATES}
+        wrapped = {kid: e for kid, e in view.private.items() if private.get(kid) != e and kid not in over}
+        if new or wrapped or over & private.keys():
+            self._disk.store_keys(new.values(), wrapped, over & private.keys())
+        return held, {kid: envelope for kid, envelope in (private | wrapped).items() if kid not in over}
