@@ -6,6 +6,7 @@ What lives here is what every writer and reader of ``{trust}:*`` agrees on. Rule
   entry, so that a hole is arithmetic. Outside the log a position carries its epoch's nonce: ``<epoch>-<seq>.<nonce>``.
 * An epoch is (number, nonce). A number alone is not an identity: two servers that were promoted without seeing each
   other draw the same one.
+* An id that is a UUID stands in the log as ``~`` and 22 characters of base64url: it is in every entry, and in memory.
 * Times are integer Unix seconds, ``at`` and beat times milliseconds. Values are exact bytes of UTF-8.
 * Unknown fields are ignored; an entry that cannot be parsed raises :class:`FormatError` and is skipped by readers.
 """
@@ -14,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
+from uuid import UUID
 
 import msgspec
 
@@ -69,6 +72,10 @@ NEVER_EXPIRES: Final = 0
 """``expires_at`` of an entry that is kept for ever (``kid``)."""
 
 _ID: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{ENTRY_ID_CHARS_MAX}}}\Z")
+_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")
+PACKED: Final = "~"
+"""In front of a packed id; no caller's id has it."""
+
 _NONCE: Final = re.compile(r"[0-9a-f]{16}\Z")
 _POSITION: Final = re.compile(r"(0|[1-9][0-9]{0,15})-(0|[1-9][0-9]{0,15})\.([0-9a-f]{16})\Z")
 _UINT: Final = re.compile(r"(0|[1-9][0-9]{0,15})\Z")
@@ -105,6 +112,25 @@ def _text(fields: Mapping[bytes, bytes], name: str, default: str | None = None) 
         return raw.decode()
     except UnicodeDecodeError:
         raise FormatError("not_utf8", name) from None
+
+
+def _pack_id(entry_id: str) -> str:
+    """An id as it stands in the log: a UUID (RFC 9562, lower case) in 23 characters instead of 36."""
+    if not _UUID.match(entry_id):
+        return entry_id
+    return PACKED + urlsafe_b64encode(bytes.fromhex(entry_id.replace("-", ""))).rstrip(b"=").decode()
+
+
+def _unpack_id(text: str) -> str:
+    if not text.startswith(PACKED):
+        return text
+    try:
+        entry_id = str(UUID(bytes=urlsafe_b64decode(text.removeprefix(PACKED) + "==")))
+    except ValueError:
+        raise FormatError("id_invalid", "not a packed UUID") from None
+    if _pack_id(entry_id) != text:
+        raise FormatError("id_invalid", "not a packed UUID")
+    return entry_id
 
 
 class Position(NamedTuple):
@@ -195,7 +221,7 @@ class Entry:
     def encode(self) -> dict[str, str]:
         """The stream fields, always all of them and in one order (which lets the server store them compactly)."""
         before = "" if self.before is None else str(self.before)
-        values = (str(FORMAT), self.id, self.kind, self.issuer, self.value, before)
+        values = (str(FORMAT), _pack_id(self.id), self.kind, self.issuer, self.value, before)
         return dict(zip(_FIELDS, (*values, str(self.expires_at), self.reason, str(self.at), self.region), strict=True))
 
     @classmethod
@@ -205,7 +231,7 @@ class Entry:
             raise FormatError("format_newer", "written by a newer release")
         before = _text(fields, "before", "")
         return cls(
-            id=_text(fields, "id"),
+            id=_unpack_id(_text(fields, "id")),
             kind=_text(fields, "kind"),
             issuer=_text(fields, "issuer"),
             value=_text(fields, "value"),
@@ -221,7 +247,7 @@ class Entry:
 
         ``v`` and ``at`` are not part of it: they say how and when a log took the entry, not what it says.
         """
-        fields = self.encode()
+        fields = {**self.encode(), "id": self.id}
         return hashlib.sha256(msgspec.json.encode([fields[name] for name in _CANONICAL])).digest()
 
     def caller_fields(self) -> tuple[str, str, str, int | None, str]:

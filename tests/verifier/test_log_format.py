@@ -161,6 +161,32 @@ def test_entries_are_equal_if_and_only_if_their_digests_are(change: dict[str, An
     assert replace(original, **change).digest() != original.digest()
 
 
+UUID = "0195f8a0-0000-7000-8000-0000000000ff"
+
+
+def test_a_uuid_takes_23_characters_in_the_log_and_is_itself_again_when_read() -> None:
+    original = entry("jti", "a", id=UUID)
+    fields = {name.encode(): value.encode() for name, value in original.encode().items()}
+    assert len(fields[b"id"]) == 23
+    assert Entry.decode(fields) == original
+
+
+@pytest.mark.parametrize("entry_id", [UUID.upper(), UUID + "0", UUID[:-1], UUID.replace("-", "_"), "0195f8a0"])
+def test_every_other_id_stands_in_the_log_as_it_is(entry_id: str) -> None:
+    original = entry("jti", "a", id=entry_id)
+    fields = {name.encode(): value.encode() for name, value in original.encode().items()}
+    assert fields[b"id"] == entry_id.encode()
+    assert Entry.decode(fields) == original
+
+
+@pytest.mark.parametrize("packed", ["~", "~AAAA", "~AZX4oAAAcACAAAAAAAAAAR", "~AZX4oAAAcACAAAAAAAAAA=", "~" + "A" * 30])
+def test_an_id_that_is_packed_in_another_way_is_refused(packed: str) -> None:
+    fields = {name.encode(): value.encode() for name, value in entry("jti", "a").encode().items()}
+    with pytest.raises(FormatError) as refused:
+        Entry.decode({**fields, b"id": packed.encode()})
+    assert refused.value.code == "id_invalid"
+
+
 def test_when_a_log_took_an_entry_is_no_part_of_it() -> None:
     original = entry("jti", "a")
     assert replace(original, at=original.at + 1).digest() == original.digest()
