@@ -10,7 +10,7 @@ Users (`default` is off):
     verifier      reads `{trust}:*`; writes nothing, runs no script
     observer      counts and times commands; sees no key
     sentinel      what a Sentinel needs to watch a server, to demote it and to promote it
-    operator      holds writes for a planned failover, and says whom to promote; sees no key
+    operator      holds writes for a planned failover, says whom to promote, and demotes; sees no key
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _RULES = {
         "resetchannels &__sentinel__:hello +ping +info +role +subscribe +publish +multi +exec +slaveof +replicaof "
         "+failover +config|rewrite +client|setname +client|kill +client|pause +client|unpause +script|kill"
     ),
-    "operator": f"+info +role +time +config|get +config|set +client|pause +client|unpause {_ANY_CLIENT}",
+    "operator": f"+info +role +time +config|get +config|set +client|pause +client|unpause +replicaof {_ANY_CLIENT}",
 }
 
 
