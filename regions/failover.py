@@ -41,7 +41,7 @@ from regions.sentinels import ask, sighting
 from verifier.netbind import bound_connection_kwargs
 from verifier.sentinel import Address, ServerSeen, Sighting, parse_sentinel_url, read_replicas
 
-__all__ = ["Failover", "FailoverReport", "connect"]
+__all__ = ["Failover", "FailoverReport", "connect", "connect_sentinel", "open_client"]
 
 CALL_TIMEOUT_S = 2.0
 POLL_S = 0.02
@@ -66,14 +66,15 @@ PROBE_LIFE_S = 600
 def connect(url: str, bind_address: str, *, timeout_s: float = CALL_TIMEOUT_S) -> redis.Redis:
     """A client of the server at a URL of cluster.json, bound to an address. Replies are bytes, retries off."""
     parts = urlsplit(url)
-    return _client(
+    return open_client(
         Address(parts.hostname or "", parts.port or 0), parts.username, parts.password, bind_address, timeout_s
     )
 
 
-def _client(
+def open_client(
     place: Address, username: str | None, password: str | None, bind_address: str, timeout_s: float
 ) -> redis.Redis:
+    """A client of a server or Sentinel, bound to an address. Replies are bytes, retries off."""
     pool = redis.ConnectionPool(
         host=place.host,
         port=place.port,
@@ -96,7 +97,7 @@ def connect_sentinel(urls: RegionUrls) -> redis.Redis:
     if not urls.operator_sentinel_url:
         raise NoSentinel("this cluster has one region and no Sentinel: there is nothing to fail over to")
     url = parse_sentinel_url(urls.operator_sentinel_url)
-    return _client(url.sentinels[0], url.username, url.password, urls.bind_address, CALL_TIMEOUT_S)
+    return open_client(url.sentinels[0], url.username, url.password, urls.bind_address, CALL_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +142,14 @@ class _Probe:
             except (redis.RedisError, OSError):
                 self._stop.wait(POLL_S / 4)
 
-    def wait_for_more(self, timeout_s: float) -> None:
-        """Wait until another write is acknowledged."""
+    def goes_on(self, timeout_s: float) -> bool:
+        """Wait until another write is acknowledged; False if none is."""
         have, deadline = len(self.acknowledged), time.monotonic() + timeout_s
         while len(self.acknowledged) == have:
             if time.monotonic() > deadline:
-                raise FailoverUnknown(f"no write was acknowledged on {self.primary} within {timeout_s:.0f} s")
+                return False
             time.sleep(POLL_S / 4)
+        return True
 
     def longest_gap_ms(self) -> float:
         times = self.acknowledged
@@ -184,11 +186,13 @@ class Failover:
             probe = _Probe(self._cluster, clients, was)
             self._begin_probe(clients[was])
             with self._preferred(sentinel, target), probe.running():
-                probe.wait_for_more(CALL_TIMEOUT_S)
+                if not probe.goes_on(CALL_TIMEOUT_S):
+                    raise PrimaryDown(f"the primary in {was} takes no write now")
                 began = time.monotonic()
                 how = self._hand_over(sentinel, was, target)
                 probe.primary = self._to
-                probe.wait_for_more(self._timeout_s)
+                if not probe.goes_on(self._timeout_s):
+                    raise FailoverUnknown(f"{self._to} was promoted, but acknowledged no write in time")
                 took_ms = (time.monotonic() - began) * 1000
                 self._wait_agreed(target)
             report = FailoverReport(
