@@ -12,8 +12,9 @@ check on the server itself that it is a primary, and in which epoch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 import redis.asyncio as redis
@@ -112,9 +113,11 @@ class SentinelNode(Node):
             redis.Redis(connection_pool=redis.ConnectionPool(host=place.host, port=place.port, **options))
             for place in url.sentinels
         ]
+        self._latest: list[Sighting | None] = [None] * len(self._sentinels)
         self._following: Sighting | None = None
+        self._found = asyncio.Event()
         self._moving = asyncio.Lock()
-        self._look_now = asyncio.Event()
+        self._look_now = [asyncio.Event() for _ in self._sentinels]
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
 
@@ -126,9 +129,11 @@ class SentinelNode(Node):
     async def check(self, setting: str) -> None:
         """Whether the primary is known and answers; raises as :meth:`Node.check` does."""
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._forever(task)) for task in (self._poll, self._listen)]
-        if self._following is None:
-            await self._look()
+            rounds: list[Callable[[], Awaitable[None]]] = [partial(self._poll, n) for n in range(len(self._sentinels))]
+            self._tasks = [asyncio.create_task(self._forever(once)) for once in (*rounds, self._listen)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * SENTINEL_TIMEOUT_S):
+                await self._found.wait()
         if self._following is None:
             raise PrimaryUnreachable("no Sentinel names a primary")
         await super().check(setting)
@@ -138,11 +143,11 @@ class SentinelNode(Node):
         try:
             return await super().write(*command)
         except (PrimaryUnreachable, OutcomeUnknown):
-            self._look_now.set()
+            self.look_now()
             raise
         except Refused as refused:
             if refused.code in NOT_PRIMARY:
-                self._look_now.set()
+                self.look_now()
             raise
 
     async def close(self) -> None:
@@ -157,6 +162,11 @@ class SentinelNode(Node):
             await sentinel.connection_pool.disconnect()
         await super().close()
 
+    def look_now(self) -> None:
+        """Ask every Sentinel at once: something speaks against the present primary."""
+        for event in self._look_now:
+            event.set()
+
     # -- looking ----------------------------------------------------------------------------------------------------
 
     async def _forever(self, once: Callable[[], Awaitable[None]]) -> None:
@@ -168,26 +178,14 @@ class SentinelNode(Node):
                 _log.exception("following the primary failed; going on")
                 await asyncio.sleep(SENTINEL_POLL_S)
 
-    async def _poll(self) -> None:
-        await self._look()
+    async def _poll(self, number: int) -> None:
+        """One Sentinel, by itself: one that does not answer must not hold up what another one knows."""
+        self._latest[number] = await self._ask(self._sentinels[number])
+        await self._follow()
         with suppress(TimeoutError):
             async with asyncio.timeout(SENTINEL_POLL_S):
-                await self._look_now.wait()
-        self._look_now.clear()
-
-    async def _look(self) -> None:
-        """Ask every Sentinel; move as soon as one answer is newer, whatever the others take."""
-        async with self._moving:
-            asking = [asyncio.create_task(self._ask(sentinel)) for sentinel in self._sentinels]
-            try:
-                for answered in asyncio.as_completed(asking):
-                    seen = await answered
-                    if seen is not None and self._following is not None:
-                        await self._follow([seen])
-                await self._follow([seen for task in asking if (seen := task.result()) is not None])
-            finally:
-                for task in asking:
-                    task.cancel()
+                await self._look_now[number].wait()
+        self._look_now[number].clear()
 
     async def _ask(self, sentinel: redis.Redis) -> Sighting | None:
         try:
@@ -198,15 +196,20 @@ class SentinelNode(Node):
         except (RedisError, OSError, TimeoutError):
             return None
 
-    async def _follow(self, seen: Sequence[Sighting]) -> None:
-        chosen = newest(self._following, seen, len(self._sentinels))
-        if chosen is None or chosen == self._following:
-            return
-        moved = self.address != chosen.primary.address
-        self._following = chosen
-        if moved:
-            _log.info("following the primary", address=str(chosen.primary.address), config_epoch=chosen.config_epoch)
-            await self.move(f"{'rediss' if self._url.tls else 'redis'}://{chosen.primary.address}")
+    async def _follow(self) -> None:
+        """Go by what every Sentinel said last."""
+        async with self._moving:
+            seen = [sighting for sighting in self._latest if sighting is not None]
+            chosen = newest(self._following, seen, len(self._sentinels))
+            if chosen is None or chosen == self._following:
+                return
+            moved = self.address != chosen.primary.address
+            self._following = chosen
+            if moved:
+                place = chosen.primary.address
+                _log.info("following the primary", address=str(place), config_epoch=chosen.config_epoch)
+                await self.move(f"{'rediss' if self._url.tls else 'redis'}://{place}")
+            self._found.set()
 
     async def _listen(self) -> None:
         """Hear announcements of the first Sentinel that answers, until it falls silent."""
@@ -230,4 +233,4 @@ class SentinelNode(Node):
                 await announcements.ping()
             asked = message is None
             if message is not None and message["type"] == "message":
-                self._look_now.set()
+                self.look_now()

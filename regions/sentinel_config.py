@@ -14,6 +14,10 @@ How many there are:
   one that is left cannot tell a dead region from a cut link. Planned failovers work, and clients still follow them.
 * Three and more have one each; a minority of them may be gone.
 
+They do not all lose patience at once (`down_after_ms`). Two that see a death within half a round trip of each other
+both want to lead, each votes for itself, and the next attempt comes 8 s later. Of two that see it one after the other,
+the second leads, and has the first one's vote.
+
 Users of a Sentinel (`default` is off):
 
     peer       other Sentinels: their votes and hellos
@@ -36,7 +40,9 @@ __all__ = [
     "DOWN_AFTER_MS",
     "FAILOVER_TIMEOUT_MS",
     "GROUP",
+    "PACE",
     "SentinelCredentials",
+    "down_after_ms",
     "new_ids",
     "quorum",
     "sentinel_acl_text",
@@ -48,7 +54,21 @@ GROUP = "trust"
 """The name under which the Sentinels know the servers."""
 
 DOWN_AFTER_MS = 1_500
-"""Silence after which a Sentinel takes a server for dead. Below 1,200 links of 90 ms cause a second, needless one."""
+"""Silence after which the first Sentinel takes a server for dead. Below 1,200, links of 90 ms cause needless ones."""
+
+STAGGER_MS = 400
+"""From one Sentinel's patience to the next one's: more than a ping's period, half a round trip and a timer's tick."""
+
+STAGGER_MS_MAX = 800
+"""Between the first and the last, however many there are: a death must not wait for the sixteenth."""
+
+PACE = ("INFO-PERIOD", "1000", "PING-PERIOD", "200", "ASK-PERIOD", "2000")
+"""Set on the running Sentinel (`SENTINEL DEBUG`), because there is no setting for it.
+
+INFO every second (by itself: every 10 s), because it promotes by the offsets that it read last. A ping every 200 ms
+(1 s), so that how soon a death is seen hangs on `down_after_ms` and not on chance. And it asks the others about a death
+every 2 s only (1 s), so that it does not begin to lead just when a later one has.
+"""
 
 FAILOVER_TIMEOUT_MS = 4_000
 """How long an attempt may take; after twice this time another is made."""
@@ -75,6 +95,12 @@ def sentinel_regions(topology: Topology) -> tuple[Region, ...]:
 def quorum(sentinels: int) -> int:
     """How many must agree that the primary is gone: a majority, so that no minority acts alone."""
     return sentinels // 2 + 1
+
+
+def down_after_ms(index: int, sentinels: int) -> int:
+    """How long the Sentinel of region `index` (from 1) waits for a silent server."""
+    step = min(STAGGER_MS, STAGGER_MS_MAX // max(1, sentinels - 1))
+    return DOWN_AFTER_MS + step * (index - 1)
 
 
 def new_ids(topology: Topology) -> dict[str, str]:
@@ -139,7 +165,7 @@ def sentinel_config_text(
         ("monitor", primary.address, redis_port, str(quorum(len(ids)))),
         ("auth-user", "sentinel"),
         ("auth-pass", server_password),
-        ("down-after-milliseconds", str(DOWN_AFTER_MS)),
+        ("down-after-milliseconds", str(down_after_ms(region.index, len(ids)))),
         ("failover-timeout", str(FAILOVER_TIMEOUT_MS)),
         ("parallel-syncs", "2"),
         *(("known-replica", other.address, redis_port) for other in _others(topology, primary)),

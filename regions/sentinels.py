@@ -24,6 +24,7 @@ from regions.failover_rules import settled_primary
 from regions.nursery import Child, Nursery
 from regions.sentinel_config import (
     GROUP,
+    PACE,
     SentinelCredentials,
     new_ids,
     sentinel_acl_text,
@@ -37,9 +38,6 @@ __all__ = ["Sentinels", "ask", "sighting"]
 
 ASK_TIMEOUT_S = 1.0
 POLL_S = 0.05
-
-INFO_PERIOD_MS = 1_000
-"""How often a Sentinel reads a server's INFO (by itself: every 10 s). It promotes by the offsets that it read last."""
 
 
 @dataclass(slots=True)
@@ -107,7 +105,7 @@ class Sentinels:
     def _not_ready(self, region: Region) -> str | None:
         try:
             with contextlib.closing(self.client(region)) as client:
-                ask(client, "DEBUG", "INFO-PERIOD", str(INFO_PERIOD_MS))
+                ask(client, "DEBUG", *PACE)
                 seen = sighting(client)
                 others = read_replicas(ask(client, "SENTINELS", GROUP))  # the same fields
         except (redis.RedisError, OSError) as error:

@@ -175,7 +175,7 @@ async def test_with_no_sentinel_the_primary_that_is_known_is_kept(lab: Lab, node
     await node.check("KEYSERVICE_PRIMARY_URL")
     for region in ("a", "b", "c"):
         await asyncio.to_thread(lab.kill_sentinel, region)
-    await node._look()
+    node.look_now()
     assert await write_again(node) == 0
 
 

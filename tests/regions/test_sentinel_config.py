@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from regions.sentinel_config import (
     SentinelCredentials,
+    down_after_ms,
     new_ids,
     quorum,
     sentinel_acl_text,
@@ -43,6 +45,17 @@ def lines() -> list[str]:
 @pytest.mark.parametrize(("sentinels", "wanted"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
 def test_no_minority_and_no_half_of_the_sentinels_can_call_a_primary_dead(sentinels: int, wanted: int) -> None:
     assert quorum(sentinels) == wanted
+
+
+def test_no_two_of_three_sentinels_lose_patience_within_a_ping_and_half_a_round_trip() -> None:
+    waits = [down_after_ms(index, 3) for index in (1, 2, 3)]
+    assert waits == [1_500, 1_900, 2_300]
+    assert min(b - a for a, b in pairwise(waits)) > 200 + 90
+
+
+def test_the_last_of_many_waits_at_most_800_ms_longer_than_the_first() -> None:
+    assert down_after_ms(16, 16) <= down_after_ms(1, 16) + 800
+    assert down_after_ms(2, 2) == 1_900
 
 
 def test_every_region_has_a_sentinel_but_one_that_is_alone() -> None:
