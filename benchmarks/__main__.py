@@ -18,6 +18,7 @@ BENCHMARKS = (
     "trust_appends",
     "http_revocations",
     "blocked_readers",
+    "failover_time",
 )
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import structlog
@@ -39,6 +38,7 @@ from .keeper import KeeperRunner
 from .keeper_disk import SqliteDisk
 from .keeper_keys import KeyKeeper
 from .limits import KEEPER_TAIL_BLOCK_MS, KEEPER_TICK_S, KEYS_POLL_S
+from .primary import primary_node
 from .receipts import Receipts
 from .settings import Settings
 from .store import Node
@@ -95,11 +95,13 @@ class Service:
 
     def _build_store(self, settings: Settings) -> None:
         password = settings.redis_password.get_secret_value() if settings.redis_password is not None else None
-        node = partial(
-            Node, username=settings.redis_username, password=password, source_address=settings.source_address
+        self.own = Node(
+            settings.redis_url,
+            username=settings.redis_username,
+            password=password,
+            source_address=settings.source_address,
         )
-        self.own = node(settings.redis_url)
-        self.primary = node(settings.primary)
+        self.primary = primary_node(settings)
         self.trust = TrustLog(self.primary, region=settings.region, max_token_lifetime_s=settings.max_token_lifetime_s)
         self.index = EntryIndex()
         self.mirror = ReplicaMirror(

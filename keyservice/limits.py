@@ -47,6 +47,15 @@ CONNECT_TIMEOUT_S: Final = 2.0
 CONNECTIONS_MAX: Final = 256
 """In one pool; far below the server's own limit of 10,000."""
 
+SENTINEL_TIMEOUT_S: Final = 1.0
+"""A connection to a Sentinel, and its answer: two round trips of 180 ms each, and half a second beyond."""
+
+SENTINEL_POLL_S: Final = 0.5
+"""How often every Sentinel is asked who the primary is, for the case that its announcement was lost."""
+
+SENTINEL_SILENCE_S: Final = 5.0
+"""After this long without an announcement the Sentinel is asked for a sign of life; after as long again it is left."""
+
 SCRIPT_ATTEMPTS_MAX: Final = 4
 """Bump once, re-read once, and lose one race of each."""
 

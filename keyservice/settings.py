@@ -21,6 +21,7 @@ from redis.asyncio.connection import parse_url
 
 from verifier.jwk import HmacKey
 from verifier.limits import ENTRY_VALUE_BYTES_MAX, JWKS_KEYS_MAX
+from verifier.sentinel import is_sentinel_url, parse_sentinel_url
 
 from .core.revocation import RevocationPolicy
 from .core.rotation import Policy
@@ -91,6 +92,8 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("KEYSERVICE_REDIS_PASSWORD", "REDIS_PASSWORD")
     )
     primary_url: str = ""
+    sentinel_username: str | None = None
+    sentinel_password: SecretStr | None = None
     source_address: str | None = None
     start_timeout_s: float = Field(10, gt=0, le=600)
 
@@ -167,6 +170,9 @@ class Settings(BaseSettings):
         """``host:port`` is short for ``redis://host:port``."""
         if value and "://" not in value:
             value = f"redis://{value}"
+        if is_sentinel_url(value):
+            parse_sentinel_url(value)
+            return value
         try:
             if value:
                 parse_url(value)
@@ -197,6 +203,8 @@ class Settings(BaseSettings):
             )
         if not self.redis_url:
             raise _Named("KEYSERVICE_REDIS_URL", "is not set (or REDIS_ADDR): name this region's Redis")
+        if is_sentinel_url(self.redis_url):
+            raise _Named("KEYSERVICE_REDIS_URL", "names Sentinels: name this region's own server")
         for name in (self.region, *self.regions):
             if not _REGION.match(name):
                 raise _Named("KEYSERVICE_REGIONS", "has a name that is not of a-z, 0-9 and -")

@@ -65,12 +65,25 @@ def load_script(name: str) -> tuple[str, str]:
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+class _Nowhere(redis.Connection):
+    """A connection of a node whose server is not known yet."""
+
+    async def connect(self) -> None:
+        raise redis.ConnectionError("the server is not known yet")
+
+
 class Node:
-    """A server behind a URL. ``redis`` is for reads; writes go through :meth:`write` and :meth:`run`."""
+    """A server behind a URL; without one, behind none until :meth:`move`.
+
+    ``redis`` is for reads; writes go through :meth:`write` and :meth:`run`.
+
+    :meth:`move` points it at another server: connections to the old one are closed, also those on which a reply is
+    awaited, whose writes then have the outcome that they have: unknown.
+    """
 
     def __init__(
         self,
-        url: str,
+        url: str | None,
         *,
         username: str | None = None,
         password: str | None = None,
@@ -89,11 +102,27 @@ class Node:
             options["username"] = username
         if password is not None:
             options["password"] = password
+        self._options = options
+        self._source_address = source_address
+        self._use(redis.ConnectionPool(connection_class=_Nowhere) if url is None else self._pool_of(url))
+
+    def _pool_of(self, url: str) -> redis.ConnectionPool:
+        options = dict(self._options)
         if not url.startswith("unix:"):
             tls = url.startswith("rediss:")
-            options.update(bound_connection_kwargs(source_address, tls=tls, asynchronous=True))
-        self._pool = redis.ConnectionPool.from_url(url, **options)
-        self.redis: redis.Redis = redis.Redis(connection_pool=self._pool)
+            options.update(bound_connection_kwargs(self._source_address, tls=tls, asynchronous=True))
+        return redis.ConnectionPool.from_url(url, **options)
+
+    def _use(self, pool: redis.ConnectionPool) -> None:
+        self._pool = pool
+        self.redis: redis.Redis = redis.Redis(connection_pool=pool)
+
+    async def move(self, url: str) -> None:
+        """Use another server from now on, and have a few connections to it open."""
+        old = self._pool
+        self._use(self._pool_of(url))
+        # Not one after the other: closing a connection to a host that is gone can take as long as a time-out.
+        await asyncio.gather(old.disconnect(inuse_connections=True), self.warm(), return_exceptions=True)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -101,8 +130,9 @@ class Node:
 
     async def write(self, *command: Any) -> Any:
         """One command, sent at most once; raises :class:`StoreError`."""
+        pool = self._pool
         try:
-            connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it so
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it so
         except (RedisError, OSError) as error:
             raise PrimaryUnreachable(code=_why_unreachable(error)) from None
         try:
@@ -120,7 +150,9 @@ class Node:
             await connection.disconnect(nowait=True)  # a reply may still come; nobody may take it for another's
             raise
         finally:
-            await self._pool.release(connection)
+            if pool is not self._pool:  # the node has moved: nobody will ask this pool again
+                await connection.disconnect(nowait=True)
+            await pool.release(connection)
 
     async def warm(self) -> None:
         """Have the scripts loaded and a few connections open, so that the first write is one round trip.

@@ -15,11 +15,14 @@ import msgspec
 import typer
 
 from regions.cluster import SERVICES, Cluster
+from regions.cluster_file import ClusterFile
 from regions.console import Reporter
 from regions.demo import run_demo
 from regions.errors import ExitCode, RegionsError
+from regions.failover import Failover
 from regions.model.cli import model
 from regions.ports import check_ports_free, pick_free_ports
+from regions.status import STATUS_COLUMNS, read_status, status_doubts, status_row
 from regions.topology import Topology, load_topology
 
 __all__ = ["main"]
@@ -84,6 +87,39 @@ def up(
         while not stop.wait(CHECK_EVERY_S):
             cluster.check()
     reporter.note("stopped; nothing is left running")
+
+
+@app.command()
+def failover(
+    to: Annotated[str, typer.Option("--to", help="The region whose server is to be the primary.")],
+    var: VarOption = Path("var"),
+    timeout_s: Annotated[float, typer.Option(min=1, max=120, help="How long to wait for its end.")] = 15.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make another region's server the primary of a running cluster, losing no write."""
+    report = Failover(ClusterFile.read(var / "cluster.json"), to, timeout_s=timeout_s).run()
+    if as_json:
+        sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    else:
+        sys.stdout.write(
+            f"primary: was {report.was}, is {report.now} ({report.how})\n"
+            f"writes: away for {report.writes_away_ms:.0f} ms; {report.acknowledged} acknowledged, {report.lost} lost\n"
+        )
+    if report.lost:
+        raise typer.Exit(ExitCode.PROMISE_BROKEN)
+
+
+@app.command()
+def status(var: VarOption = Path("var"), as_json: JsonOption = False) -> None:
+    """What each region's server is now, and whom each Sentinel takes for the primary."""
+    found = read_status(ClusterFile.read(var / "cluster.json"))
+    if as_json:
+        sys.stdout.write(msgspec.json.encode({"regions": found}).decode() + "\n")
+    else:
+        reporter = Reporter()
+        reporter.table("", STATUS_COLUMNS, [status_row(region) for region in found])
+        for doubt in status_doubts(found):
+            reporter.note(doubt)
 
 
 def _interrupt_on_signals() -> None:

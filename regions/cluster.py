@@ -1,8 +1,9 @@
 """A cluster of regions on this machine: who is started, with which settings, in which order, and how it ends.
 
-Per region: one Redis server, one key service with a signing key and key-encryption key of its own, one order service
-that embeds the verifier. In the primary's region also a login service. One link proxy owns every public address.
-Everything listens on unix sockets and binds its region's address when it calls others.
+Per region: one Redis server, one Sentinel (unless the region is alone), one key service with a signing key and
+key-encryption key of its own, one order service that embeds the verifier. In the first primary's region also a login
+service. One link proxy owns every public address. Everything listens on unix sockets and binds its region's address
+when it calls others.
 
 A cluster always starts empty: its secrets are made anew, and what an earlier one left in its directory is removed.
 """
@@ -16,9 +17,10 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,17 +30,20 @@ import msgspec
 
 from keyservice.clients import hash_secret
 from regions.cluster_file import ClientSecret, ClusterFile, DemoUser, RegionUrls
-from regions.embedded import Server, restart_server, runtime_directory, start_servers
+from regions.deaths import Deaths, Service
+from regions.embedded import Server, find_server, runtime_directory, start_servers
 from regions.errors import ClusterRunning, DirectoryRefused, NotReady, RegionsError
 from regions.link_control import LinkControl
 from regions.link_rules import Lag, LinkConfig, Listener
 from regions.nursery import Child, Nursery
+from regions.sentinel_config import GROUP, sentinel_regions
+from regions.sentinels import Sentinels
 from regions.topology import Region, Topology
 
 __all__ = ["SERVICES", "Cluster"]
 
-SERVICES = ("redis", "keyservice", "admin", "orders", "login")
-"""What has a public address in a region; `login` in the primary's region only."""
+SERVICES = ("redis", "sentinel", "keyservice", "admin", "orders", "login")
+"""What has a public address in a region; `login` in the first primary's region only, `sentinel` unless it is alone."""
 
 ISSUER = "https://id.regions.test"
 AUDIENCE = "orders"
@@ -134,7 +139,7 @@ def _locked(directory: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-class Cluster:
+class Cluster(Deaths):
     """`with Cluster(topology, directory) as cluster:` starts everything, and ends everything however it is left.
 
     While it runs there are two files of mode 0600: `cluster.json` (`regions.cluster_file`), and `login.json` with the
@@ -150,6 +155,7 @@ class Cluster:
         self._directory = directory
         self._progress = progress
         self._exit = ExitStack()
+        self._services: dict[str, Service] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -173,12 +179,8 @@ class Cluster:
         self._nursery.check()
 
     def child(self, name: str) -> Child:
-        """The process called `redis-REGION`, `keyservice-REGION`, `orders-REGION`, `login-REGION` or `link`."""
+        """The process `link`, or `KIND-REGION` with the kinds redis, sentinel, keyservice, orders and login."""
         return next(child for child in reversed(self._nursery.children) if child.name == name)
-
-    def restart_server(self, region: str) -> None:
-        """Start a region's server again, on the data it left."""
-        self.servers[region] = restart_server(self.servers[region], self._nursery, timeout_s=READY_WITHIN_S)
 
     # -- starting -------------------------------------------------------------------------------------------------
 
@@ -208,6 +210,9 @@ class Cluster:
         users_file = _private_write(data / "users.toml", _users_toml(made))
         self._stage("key services", lambda: self._start_keyservices(made, clients_file, data))
         self._stage("order and login services", lambda: self._start_services(made, users_file))
+        if self.sentinels.regions:
+            wait = partial(self.sentinels.wait_ready, self.sentinels.regions, READY_WITHIN_S)
+            self._stage("Sentinels, agreed on the primary", wait)
         self.file = self._describe(made)
         self.file.write(self.file_path)
         credentials = {"username": made.user.username, "password": made.user.password}
@@ -222,6 +227,8 @@ class Cluster:
         return self._run / f"{service}-{region.index}.sock"
 
     def _has(self, region: Region, service: str) -> bool:
+        if service == "sentinel":
+            return region in sentinel_regions(self.topology)
         return service != "login" or region == self.topology.primary
 
     def _start_link(self) -> None:
@@ -252,6 +259,22 @@ class Cluster:
             socket_of=lambda region: self._socket(region, "redis"),
             timeout_s=READY_WITHIN_S,
         )
+        self.sentinels = Sentinels(
+            self.topology,
+            self._nursery,
+            data,
+            lambda region: self._socket(region, "sentinel"),
+            find_server(),
+            self.servers[self.topology.primary.name].passwords["sentinel"],
+        )
+        for region in self.sentinels.regions:
+            self.sentinels.start(region, self.topology.primary)
+
+    def _start_service(self, region: Region, service: str, argv: list[str], env: dict[str, str]) -> Service:
+        """Start a process of a region, and remember how: it is started again when the region returns."""
+        name = f"{service}-{region.name}"
+        self._services[name] = Service(region, service, argv, env, self._nursery.spawn(name, argv, env=env))
+        return self._services[name]
 
     def _start_keyservices(self, made: Secrets, clients_file: Path, data: Path) -> None:
         children = []
@@ -264,7 +287,7 @@ class Cluster:
                 "KEYSERVICE_REGIONS": ",".join(r.name for r in self.topology.regions),
                 "KEYSERVICE_BOOTSTRAP_REGION": self.topology.primary.name,
                 "KEYSERVICE_REDIS_URL": self._url(region, "redis", "redis"),
-                "KEYSERVICE_PRIMARY_URL": self._url(self.topology.primary, "redis", "redis"),
+                **self._primary_environment(region),
                 "REDIS_USERNAME": "keyservice",
                 "REDIS_PASSWORD": self.servers[region.name].passwords["keyservice"],
                 "KEYSERVICE_KEK": made.kek[region.name],
@@ -276,7 +299,7 @@ class Cluster:
                 "JWT_SECRET": made.hs256_secret,
             }
             argv = [sys.executable, "-m", "keyservice", "serve"]
-            children.append((region, "keyservice", self._nursery.spawn(f"keyservice-{region.name}", argv, env=env)))
+            children.append(self._start_service(region, "keyservice", argv, env))
         self._wait_ready(children)
 
     def _start_services(self, made: Secrets, users_file: Path) -> None:
@@ -285,7 +308,7 @@ class Cluster:
         for region in self.topology.regions:
             env = self._verifier_environment(region, made)
             argv = [sys.executable, str(examples / "orders_service.py"), "--uds", str(self._socket(region, "orders"))]
-            children.append((region, "orders", self._nursery.spawn(f"orders-{region.name}", argv, env=env)))
+            children.append(self._start_service(region, "orders", argv, env))
         home = self.topology.primary
         env = self._verifier_environment(home, made) | {
             "LOGIN_USERS_FILE": str(users_file.absolute()),
@@ -297,8 +320,18 @@ class Cluster:
             "LOGIN_SOURCE_ADDRESS": home.address,
         }
         argv = [sys.executable, str(examples / "login_service.py"), "--uds", str(self._socket(home, "login"))]
-        children.append((home, "login", self._nursery.spawn(f"login-{home.name}", argv, env=env)))
+        children.append(self._start_service(home, "login", argv, env))
         self._wait_ready(children)
+
+    def _primary_environment(self, region: Region) -> dict[str, str]:
+        """How a key service finds the primary."""
+        if not self.sentinels.regions:
+            return {"KEYSERVICE_PRIMARY_URL": self._url(self.topology.primary, "redis", "redis")}
+        return {
+            "KEYSERVICE_PRIMARY_URL": self._sentinel_url(region),
+            "KEYSERVICE_SENTINEL_USERNAME": "watcher",
+            "KEYSERVICE_SENTINEL_PASSWORD": self.sentinels.credentials.watcher,
+        }
 
     def _verifier_environment(self, region: Region, made: Secrets) -> dict[str, str]:
         others = [r for r in self.topology.regions if r != region]
@@ -317,12 +350,14 @@ class Cluster:
             "JWT_SECRET": made.hs256_secret,
         }
 
-    def _wait_ready(self, children: list[tuple[Region, str, Child]]) -> None:
+    def _wait_ready(self, services: Sequence[Service]) -> None:
         """Ask every service's /readyz, as a caller in its own region, until it says 200."""
         deadline = time.monotonic() + READY_WITHIN_S
-        for region, service, child in children:
-            transport = httpx.HTTPTransport(local_address=region.address)
-            url = f"{self._url(region, service)}/{'livez' if service == 'login' else 'readyz'}"
+        for service in services:
+            child = service.child
+            transport = httpx.HTTPTransport(local_address=service.region.address)
+            page = "livez" if service.kind == "login" else "readyz"
+            url = f"{self._url(service.region, service.kind)}/{page}"
             with httpx.Client(transport=transport, trust_env=False, timeout=2.0) as http:
                 while (problem := _not_ready(http, url)) is not None:
                     self._nursery.check()
@@ -336,6 +371,15 @@ class Cluster:
     def _url(self, region: Region, service: str, scheme: str = "http", user: str | None = None) -> str:
         credentials = "" if user is None else f"{user}:{self.servers[region.name].passwords[user]}@"
         return f"{scheme}://{credentials}{region.address}:{self.topology.ports[service]}"
+
+    def _sentinel_url(self, region: Region, user: str = "", *, alone: bool = False) -> str:
+        """Every Sentinel, the region's own first, or that one `alone`; empty where there is none."""
+        port = self.topology.ports["sentinel"]
+        others = [] if alone else [other for other in self.sentinels.regions if other != region]
+        places = ",".join(f"{r.address}:{port}" for r in (region, *others))
+        password = getattr(self.sentinels.credentials, user) if user else ""
+        credentials = f"{user}:{password}@" if user else ""
+        return f"redis+sentinel://{credentials}{places}/{GROUP}" if self.sentinels.regions else ""
 
     def _describe(self, made: Secrets) -> ClusterFile:
         home = self.topology.primary
@@ -356,6 +400,9 @@ class Cluster:
                     orders_url=self._url(region, "orders"),
                     login_url=self._url(home, "login"),
                     bind_address=region.address,
+                    sentinel_url=self._sentinel_url(region, "watcher"),
+                    operator_sentinel_url=self._sentinel_url(region, "operator", alone=True),
+                    operator_redis_url=self._url(region, "redis", "redis", "operator"),
                 )
                 for region in self.topology.regions
             },

@@ -16,7 +16,12 @@ __all__ = ["ClientSecret", "ClusterFile", "DemoUser", "RegionUrls"]
 
 
 class RegionUrls(msgspec.Struct, frozen=True):
-    """One region. A caller belongs to it by binding `bind_address`; Redis URLs carry their user's password."""
+    """One region. A caller belongs to it by binding `bind_address`; Redis URLs carry their user's password.
+
+    `sentinel_url` names every Sentinel, this region's first, with the password of a user that only asks;
+    `operator_sentinel_url` this region's alone, with that of one that may also start a failover. Both are empty where
+    there is no Sentinel. `operator_redis_url` is of a user that holds writes and sets priorities, and sees no key.
+    """
 
     keyservice_url: str
     admin_url: str
@@ -26,6 +31,9 @@ class RegionUrls(msgspec.Struct, frozen=True):
     orders_url: str
     login_url: str
     bind_address: str
+    sentinel_url: str = ""
+    operator_sentinel_url: str = ""
+    operator_redis_url: str = ""
 
     def __repr__(self) -> str:
         return f"RegionUrls({self.keyservice_url})"
@@ -53,7 +61,7 @@ class DemoUser(msgspec.Struct, frozen=True):
 
 
 class ClusterFile(msgspec.Struct, frozen=True):
-    """The whole file."""
+    """The whole file. `primary` is the region that was the primary's at the start; `regions status` knows today's."""
 
     format: int
     issuer: str

@@ -25,10 +25,13 @@ __all__ = [
     "ServerBinary",
     "ServerFiles",
     "find_server",
+    "observe_replication",
     "restart_server",
     "runtime_directory",
+    "start_replica",
     "start_servers",
     "wait_ready",
+    "write_private",
     "write_server_config",
 ]
 
@@ -167,12 +170,12 @@ def write_server_config(
         credentials=credentials,
         replica_of=replica_of,
     )
-    _write_private(files.acl, acl_text(credentials, version))
-    _write_private(files.config, config)
+    write_private(files.acl, acl_text(credentials, version))
+    write_private(files.config, config)
     return files
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)  # an older file would keep its mode
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
@@ -235,6 +238,49 @@ def restart_server(server: Server, nursery: Nursery, *, timeout_s: float = 30.0)
     child = nursery.spawn(server.child.name, server.argv, cwd=server.files.data_dir)
     wait_ready(server.files.uds, "observer", server.passwords["observer"], timeout_s, check=nursery.check)
     return replace(server, child=child)
+
+
+def start_replica(
+    server: Server, nursery: Nursery, *, replica_of: Region, port: int, version: ServerVersion, wipe: bool
+) -> Server:
+    """Start a server that has ended as a replica of `replica_of`, whatever it was; `wipe` removes its data first.
+
+    It may not be ready on return: see `observe_replication`. Raises `ServerStartFailed`.
+    """
+    if wipe:
+        shutil.rmtree(server.files.data_dir, ignore_errors=True)
+    files = write_server_config(
+        server.region,
+        directory=server.files.data_dir,
+        uds=server.files.uds,
+        port=port,
+        credentials=Credentials(**server.passwords),
+        version=version,
+        replica_of=replica_of,
+    )
+    child = nursery.spawn(server.child.name, server.argv, cwd=files.data_dir)
+    return replace(server, child=child, files=files)
+
+
+def observe_replication(server: Server) -> dict[str, object]:
+    """The server's `INFO replication`, through its unix socket; empty while it does not answer."""
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    client = redis.Redis(
+        unix_socket_path=str(server.files.uds),
+        username="observer",
+        password=server.passwords["observer"],
+        socket_timeout=2.0,
+        retry=Retry(NoBackoff(), 0),
+    )
+    with contextlib.closing(client):
+        try:
+            found: dict[str, object] = client.info("replication")
+        except redis.RedisError:
+            return {}
+        return found
 
 
 def wait_ready(

@@ -11,7 +11,15 @@
     ├── ClusterFileError     cluster_file_invalid  4  no running cluster, or its file cannot be read
     ├── ClusterRunning       cluster_running       4  another cluster runs in the same directory
     ├── DirectoryRefused     directory_refused     4  a directory that is not a cluster's, or cannot be one
-    └── NotReady             not_ready             4  a service of the cluster did not become ready in time
+    ├── NotReady             not_ready             4  a service of the cluster did not become ready in time
+    └── FailoverError        failover_failed       4  a planned failover was not made
+        ├── UnknownRegion    unknown_region        2  no region has this name
+        ├── AlreadyPrimary   already_primary       4  the region is the primary's already
+        ├── NotAReplica      not_a_replica         4  the Sentinels know no replica in the region
+        ├── ReplicaDown      replica_down          4  its server does not answer, or has no link to the primary
+        ├── PrimaryDown      primary_down          4  there is no primary to hand over, or one is being chosen
+        ├── NoSentinel       no_sentinel           4  no Sentinel answers, or the cluster has none
+        └── FailoverUnknown  failover_unknown      3  asked for, and not seen to end in time: it may still happen
 
 `code` is stable and machine-readable; the message names the cause and what to do about it.
 """
@@ -23,18 +31,26 @@ from typing import ClassVar
 
 __all__ = [
     "AddressMissing",
+    "AlreadyPrimary",
     "ClusterFileError",
     "ClusterRunning",
     "DirectoryRefused",
     "ExitCode",
+    "FailoverError",
+    "FailoverUnknown",
     "LinkFailed",
+    "NoSentinel",
+    "NotAReplica",
     "NotReady",
     "PortInUse",
+    "PrimaryDown",
     "RegionsError",
+    "ReplicaDown",
     "ServerNotFound",
     "ServerStartFailed",
     "SocketPathTooLong",
     "TopologyError",
+    "UnknownRegion",
 ]
 
 
@@ -120,3 +136,53 @@ class ClusterRunning(RegionsError):
     """Another cluster runs in the same directory."""
 
     code = "cluster_running"
+
+
+class FailoverError(RegionsError):
+    """A planned failover was not made; unless a subclass says otherwise, nothing was changed."""
+
+    code = "failover_failed"
+
+
+class UnknownRegion(FailoverError):
+    """No region of the cluster has this name."""
+
+    code = "unknown_region"
+    exit_code = ExitCode.USAGE
+
+
+class AlreadyPrimary(FailoverError):
+    """The region to promote is the primary's."""
+
+    code = "already_primary"
+
+
+class NotAReplica(FailoverError):
+    """The Sentinels know no replica in the region."""
+
+    code = "not_a_replica"
+
+
+class ReplicaDown(FailoverError):
+    """The region's server does not answer, or does not follow the primary at present."""
+
+    code = "replica_down"
+
+
+class PrimaryDown(FailoverError):
+    """The primary is down, or another failover is under way: the Sentinels see to it."""
+
+    code = "primary_down"
+
+
+class NoSentinel(FailoverError):
+    """Nobody to ask: no Sentinel answers, or the cluster has only one region and so none."""
+
+    code = "no_sentinel"
+
+
+class FailoverUnknown(FailoverError):
+    """A failover was asked for, and its end was not seen in time."""
+
+    code = "failover_unknown"
+    exit_code = ExitCode.DID_NOT_SETTLE

@@ -13,8 +13,9 @@ stops on SIGTERM or SIGINT. What a link does to bytes is decided in `regions.lin
 * A receiver that does not read fills its line, then the sender is not read any more (`queue_bytes_max`).
 * A server that refuses (its socket is absent or closed) resets the caller.
 
-The control socket takes one JSON object a line: `{"op": "ping"}`, `{"op": "counters"}`, or
-`{"op": "set_link", "from": A, "to": B, "one_way_ms": X}`. It answers one a line: `{"ok": true, …}` or
+The control socket takes one JSON object a line: `{"op": "ping"}`, `{"op": "counters"}`,
+`{"op": "set_link", "from": A, "to": B, "one_way_ms": X}`, `{"op": "close", "to": R, "port": N, "on": true}`, or
+`{"op": "isolate", "to": R, "on": true}` (`regions.link_gates`). It answers one a line: `{"ok": true, …}` or
 `{"ok": false, "error": …}`.
 """
 
@@ -38,6 +39,7 @@ from typing import Any, cast
 import msgspec
 
 from regions.errors import ExitCode, LinkFailed, RegionsError
+from regions.link_gates import Gates, Passage
 from regions.link_rules import Call, DelayLine, End, LinkConfig, Listener, Network, OneWayMs
 
 WRITE_BUFFER_BYTES_MAX = 1024 * 1024
@@ -189,7 +191,9 @@ class _Endpoint(asyncio.Protocol):
 class _Connection:
     """A caller's connection and the one to the server behind the address it called."""
 
-    def __init__(self, call: Call, queue_bytes_max: int) -> None:
+    def __init__(self, call: Call, queue_bytes_max: int, ends: tuple[str, str, int] = ("", "", 0)) -> None:
+        self.ends = ends  # the caller's region, the target's, and the port called
+        self.silent = False
         handshake_done_s = time.monotonic() + call.round_trip_s
         first_arrival_s = handshake_done_s + call.to_target.one_way_s
         to_target = DelayLine(call.to_target, not_before_s=first_arrival_s)
@@ -203,6 +207,18 @@ class _Connection:
     def refuse(self) -> None:
         """There is no server: the caller learns it one lag later."""
         self.server.connection_lost(None)
+
+    def silence(self) -> None:
+        """Whatever is under way, and all that follows, vanishes; neither end learns anything."""
+        self.silent = True
+        for direction in (self._to_target, self._to_caller):
+            direction.lose_destination()
+
+    def reset(self) -> None:
+        """Both ends learn at once that the connection is gone."""
+        for transport in self._transports():
+            _reset(transport)
+        self.over.set()
 
     def abort(self) -> None:
         """Drop both ends at once."""
@@ -242,6 +258,8 @@ class Proxy:
     def __init__(self, config: LinkConfig) -> None:
         self._config = config
         self._network = Network(config)
+        self._gates = Gates(config)
+        self._connections: set[_Connection] = set()
         self._carrying: set[asyncio.Task[None]] = set()
         self._open = AsyncExitStack()
 
@@ -276,7 +294,8 @@ class Proxy:
             transport.abort()
             return
         call = self._network.call(peer[0], listener.region)
-        connection = _Connection(call, self._config.queue_bytes_max)
+        caller = self._network.region_of(peer[0]) or listener.region
+        connection = _Connection(call, self._config.queue_bytes_max, (caller, listener.region, listener.port))
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport.set_protocol(connection.caller)
         connection.caller.connection_made(transport)
@@ -286,23 +305,42 @@ class Proxy:
 
     async def _carry(self, connection: _Connection, listener: Listener) -> None:
         """Call the server behind `listener`, and stay until the connection is over."""
+        self._connections.add(connection)
         try:
             await self._dial(connection, listener)
             await connection.over.wait()
         finally:
+            self._connections.discard(connection)
             connection.abort()
 
     async def _dial(self, connection: _Connection, listener: Listener) -> None:
+        passage = self._gates.passage(*connection.ends)
+        if passage is Passage.SILENT:
+            connection.silence()
+            return
         try:
+            if passage is Passage.REFUSED:
+                raise ConnectionRefusedError
             await asyncio.get_running_loop().create_unix_connection(lambda: connection.server, listener.uds)
         except OSError:
             self._network.refused[listener.region] += 1
             connection.refuse()
 
+    def _enforce_gates(self) -> None:
+        """Have every open connection meet the gates as they stand now."""
+        for connection in list(self._connections):
+            passage = self._gates.passage(*connection.ends)
+            if passage is Passage.SILENT and not connection.silent:
+                connection.silence()
+            elif passage is Passage.REFUSED or (connection.silent and passage is Passage.OPEN):
+                connection.reset()
+
     async def _serve_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, ValueError):  # the client is gone, or its line has no end
             while line := await reader.readline():
-                writer.write(msgspec.json.encode(answer(self._network, line)) + b"\n")
+                reply = answer(self._network, line, self._gates)
+                self._enforce_gates()
+                writer.write(msgspec.json.encode(reply) + b"\n")
                 await writer.drain()
         writer.close()
 
@@ -312,9 +350,11 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
     from_: str = msgspec.field(default="", name="from")
     to: str = ""
     one_way_ms: OneWayMs = 0.0
+    port: int = 0
+    on: bool = True
 
 
-def answer(network: Network, line: bytes) -> dict[str, Any]:
+def answer(network: Network, line: bytes, gates: Gates) -> dict[str, Any]:
     """Carry out one line of the control protocol."""
     try:
         request = msgspec.json.decode(line, type=_Request)
@@ -326,7 +366,14 @@ def answer(network: Network, line: bytes) -> dict[str, Any]:
             case "set_link":
                 network.set_link(request.from_, request.to, request.one_way_ms)
                 return {"ok": True}
-        return {"ok": False, "error": f"unknown op {request.op!r}; there are: ping, counters, set_link"}
+            case "close":
+                gates.set_closed(request.to, request.port, request.on)
+                return {"ok": True}
+            case "isolate":
+                gates.set_isolated(request.to, request.on)
+                return {"ok": True}
+        known = "ping, counters, set_link, close, isolate"
+        return {"ok": False, "error": f"unknown op {request.op!r}; there are: {known}"}
     except (msgspec.DecodeError, LinkFailed) as error:
         return {"ok": False, "error": str(error)}
 

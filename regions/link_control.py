@@ -1,4 +1,4 @@
-"""Asks the link proxy for its counters and tells it to change a lag, over its control socket."""
+"""Asks the link proxy for its counters and tells it to change a lag or a gate, over its control socket."""
 
 from __future__ import annotations
 
@@ -62,6 +62,14 @@ class LinkControl:
     def set_link(self, a: str, b: str, one_way_ms: float) -> None:
         """Set the lag from region `a` to region `b` (one direction), also for open connections."""
         self._ask({"op": "set_link", "from": a, "to": b, "one_way_ms": one_way_ms})
+
+    def set_closed(self, region: str, port: int, closed: bool) -> None:
+        """Close a public address (callers are refused, connections reset), or open it again."""
+        self._ask({"op": "close", "to": region, "port": port, "on": closed})
+
+    def set_isolated(self, region: str, isolated: bool) -> None:
+        """Let everything to and from a region vanish; back again, its old connections are reset."""
+        self._ask({"op": "isolate", "to": region, "on": isolated})
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -9,6 +9,8 @@ Users (`default` is off):
     keyservice    reads and writes `{trust}:*` and `{ks}:*`, also in scripts; nothing that administers the server
     verifier      reads `{trust}:*`; writes nothing, runs no script
     observer      counts and times commands; sees no key
+    sentinel      what a Sentinel needs to watch a server, to demote it and to promote it
+    operator      holds writes for a planned failover, says whom to promote, and demotes; sees no key
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Literal
 
 from regions.topology import Region
 
-__all__ = ["Credentials", "ServerVersion", "acl_text", "config_text"]
+__all__ = ["Credentials", "ServerVersion", "acl_text", "config_text", "quoted"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -53,6 +55,8 @@ class Credentials:
     keyservice: str = field(repr=False)
     verifier: str = field(repr=False)
     observer: str = field(repr=False)
+    sentinel: str = field(repr=False)
+    operator: str = field(repr=False)
 
     @classmethod
     def generate(cls) -> Credentials:
@@ -79,6 +83,12 @@ _RULES = {
         f"+type +multi +exec +discard +info +time {_ANY_CLIENT}"
     ),
     "observer": f"+info +role +time +client|list +client|info +latency|latest +latency|histogram {_ANY_CLIENT}",
+    # A command that is missing here fails in silence: the Sentinel reads no reply. ACL LOG has it.
+    "sentinel": (
+        "resetchannels &__sentinel__:hello +ping +info +role +subscribe +publish +multi +exec +slaveof +replicaof "
+        "+failover +config|rewrite +client|setname +client|kill +client|pause +client|unpause +script|kill"
+    ),
+    "operator": f"+info +role +time +config|get +config|set +client|pause +client|unpause +replicaof {_ANY_CLIENT}",
 }
 
 
@@ -134,10 +144,10 @@ def config_text(
     ]
     if replica_of is not None:
         settings.append(("replicaof", replica_of.address, str(port)))
-    return "".join(f"{name} {' '.join(_quoted(value) for value in values)}\n" for name, *values in settings)
+    return "".join(f"{name} {' '.join(quoted(value) for value in values)}\n" for name, *values in settings)
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """In double quotes, as the server's `sdssplitargs` reads them."""
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

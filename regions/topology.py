@@ -56,6 +56,7 @@ class _Ports(msgspec.Struct, forbid_unknown_fields=True):
     admin: _Port = 18081
     orders: _Port = 18082
     login: _Port = 18083
+    sentinel: _Port = 16380
 
 
 DEFAULT_PORTS: Mapping[str, int] = MappingProxyType(msgspec.structs.asdict(_Ports()))

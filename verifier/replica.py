@@ -17,6 +17,7 @@ from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Beat, Epoch, FormatErro
 from .log import parse_stream_id as _stream_id
 from .mirroring import LogState, MirrorThread, NotReady, View
 from .reader import Raw, Reader, Reread
+from .sentinel import is_sentinel_url, parse_sentinel_url, sentinel_connector
 
 if TYPE_CHECKING:
     import redis
@@ -28,6 +29,8 @@ _log: Final = logging.getLogger("verifier.replica")
 
 class ReplicaMirror(MirrorThread):
     """Mirrors the trust log of one region's Redis: the first of ``urls`` that answers, the next when it is lost.
+
+    A URL may name Sentinels instead (:mod:`verifier.sentinel`), which are asked anew at each connection.
 
     After a lost connection it goes on from its position; on another node it reads the log again, because two nodes are
     two histories until shown otherwise. ``max_skew_s``, ``drop_grace_s`` and ``max_token_lifetime_s`` (the longest
@@ -59,16 +62,25 @@ class ReplicaMirror(MirrorThread):
             join_s=REDIS_TIMEOUT_S + tail_block_ms / 1000,
         )
         self._tail_block_ms = tail_block_ms
+        self._server: object = None
 
     def _session(self, node: int) -> None:
         import redis
 
         client = self._connectors[node]()  # connects
         try:
+            self._arrive(client)
             self._follow(client)
         finally:
             with contextlib.suppress(redis.RedisError, OSError):
                 client.close()
+
+    def _arrive(self, client: redis.Redis) -> None:
+        """Through Sentinels another connection may lead to another server, and so to another history."""
+        options = client.connection_pool.connection_kwargs
+        server = (options.get("host"), options.get("port"), options.get("path"))
+        if server != self._server:
+            self._server, self._reader = server, None
 
     def _problem_of(self, error: Exception) -> str | None:
         return _name_problem(error)
@@ -195,6 +207,12 @@ def _connector(
         settings["username"] = username
     if password is not None:
         settings["password"] = password
+    if is_sentinel_url(url):
+        try:
+            return sentinel_connector(parse_sentinel_url(url), settings, source_address)
+        except ValueError:
+            message = "redis_url: expected redis+sentinel://host:port,host:port/GROUP"
+            raise ConfigurationError("setting_invalid", message, setting="redis_url") from None
     if source_address is not None and not url.startswith("unix:"):
         settings.update(bound_connection_kwargs(source_address, tls=url.startswith("rediss:")))
     try:

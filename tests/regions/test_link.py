@@ -22,6 +22,7 @@ import pytest
 from regions.errors import ExitCode, LinkFailed
 from regions.link import Proxy, answer
 from regions.link_control import LinkControl, LinkCounters
+from regions.link_gates import Gates
 from regions.link_rules import QUEUE_BYTES_MAX, LinkConfig, Network, link_config
 from regions.topology import Topology
 
@@ -422,11 +423,13 @@ async def test_one_control_connection_answers_many_requests(lab: LabFactory) -> 
         (b'{"op": "set_link", "from": "a", "to": "b", "one_way_ms": -1}', "one_way_ms"),
         (b'{"op": "set_link", "from": "a", "to": "mars", "one_way_ms": 1}', "mars"),
         (b'{"op": "ping", "colour": 1}', "colour"),
+        (b'{"op": "close", "to": "a", "port": 1}', "nothing listens"),
+        (b'{"op": "isolate", "to": "mars"}', "mars"),
     ],
 )
 async def test_a_wrong_control_request_is_answered_with_what_is_wrong(line: bytes, error: str) -> None:
-    network = Network(LinkConfig(listeners=[], regions={"a": "127.0.1.", "b": "127.0.2."}, links=[], control=""))
-    reply = answer(network, line)
+    config = LinkConfig(listeners=[], regions={"a": "127.0.1.", "b": "127.0.2."}, links=[], control="")
+    reply = answer(Network(config), line, Gates(config))
     assert reply["ok"] is False
     assert error in reply["error"]
 
