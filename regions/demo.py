@@ -16,6 +16,7 @@ import redis.asyncio
 from regions.access import Caller, Callers, Unexpected, expect
 from regions.cluster import Cluster
 from regions.console import Reporter
+from regions.demo_loss import RegionLoss
 from regions.errors import NotReady
 from regions.topology import Topology
 from verifier.netbind import bound_connection_kwargs
@@ -273,6 +274,8 @@ def _named(regions: dict[str, bool]) -> str:
 async def _run(cluster: Cluster, reporter: Reporter) -> None:
     async with Callers(cluster.file) as callers:
         await Demo(cluster, callers, reporter).run()
+        if cluster.sentinels.regions:
+            await RegionLoss(cluster, callers, reporter).run()
 
 
 def run_demo(topology: Topology, directory: Path, reporter: Reporter) -> bool:
