@@ -22,7 +22,7 @@ from regions.errors import ExitCode, RegionsError
 from regions.failover import Failover
 from regions.model.cli import model
 from regions.ports import check_ports_free, pick_free_ports
-from regions.status import STATUS_COLUMNS, read_status, status_doubts, status_row
+from regions.status import read_status, status_doubts, status_lines
 from regions.topology import Topology, load_topology
 
 __all__ = ["main"]
@@ -116,10 +116,7 @@ def status(var: VarOption = Path("var"), as_json: JsonOption = False) -> None:
     if as_json:
         sys.stdout.write(msgspec.json.encode({"regions": found}).decode() + "\n")
     else:
-        reporter = Reporter()
-        reporter.table("", STATUS_COLUMNS, [status_row(region) for region in found])
-        for doubt in status_doubts(found):
-            reporter.note(doubt)
+        sys.stdout.write("\n".join([*status_lines(found), *status_doubts(found)]) + "\n")
 
 
 def _interrupt_on_signals() -> None:

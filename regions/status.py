@@ -21,7 +21,7 @@ from regions.sentinels import sighting
 from verifier.log import EPOCH_KEY, Epoch, FormatError
 from verifier.sentinel import Sighting
 
-__all__ = ["STATUS_COLUMNS", "RegionStatus", "read_status", "status_doubts", "status_row"]
+__all__ = ["RegionStatus", "read_status", "status_doubts", "status_lines"]
 
 DOWN = "down"
 
@@ -99,16 +99,22 @@ def _ask_sentinel(urls: RegionUrls) -> tuple[Sighting | None, str | None]:
     return named, None if named is None else ",".join(sorted(named.primary.flags))
 
 
-STATUS_COLUMNS = ("region", "role", "epoch", "link", "its Sentinel says")
+_COLUMNS = ("region", "role", "epoch", "link", "its Sentinel says")
 
 
-def status_row(seen: RegionStatus) -> list[str]:
-    """A line of the table for people."""
+def status_lines(found: list[RegionStatus]) -> list[str]:
+    """A table for people, of plain text: nothing in it is cut short, also in a pipe."""
+    rows = [_COLUMNS, *(_row(seen) for seen in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(seen: RegionStatus) -> tuple[str, ...]:
     epoch = "-" if seen.epoch is None else seen.epoch.partition(".")[0]
     link = "-" if seen.link is None else seen.link
     if seen.behind_bytes is not None:
         link += f", {seen.behind_bytes} B behind"
-    return [seen.region, seen.role, epoch, link, seen.sentinel]
+    return seen.region, seen.role, epoch, link, seen.sentinel
 
 
 def status_doubts(found: list[RegionStatus]) -> list[str]:
