@@ -3,7 +3,8 @@
 #   PYTHON=python3.12   which Python makes .venv (default: the first of python3, python3.13, python3.12, python3.11 that fits)
 #   OFFLINE=1           install from ./wheelhouse alone
 #   UPGRADE=1           `make lock` takes newer releases instead of keeping what is pinned
-#   ARGS="-k revoke"    passed on by test, test-all, demo, up and bench
+#   ARGS="-k revoke"    passed on by test, test-all, conformance, demo, up and bench
+#   REDIS=redis://...   the server that `make conformance` checks; VERIFIER_REDIS, KEYSERVICE_REDIS where REDIS is no admin
 #
 # Works with GNU make 3.81 (macOS) as with 4.x, and under -j.
 
@@ -115,6 +116,21 @@ test-readme: install ## the README's hands-on commands, as they stand (needs bas
 .PHONY: test-all
 test-all: install ## every test, also slow ones and those that need other programs
 	@$(PY) -m pytest -n auto $(ARGS)
+
+# CONFORMANCE_REDIS and the like, because a URL with a password has no place in a process list. --tb=short shows no arguments.
+CONFORMANCE := $(PY) -m pytest tests/conformance --tb=short
+
+.PHONY: conformance conformance-servers
+conformance: export CONFORMANCE_REDIS := $(REDIS)
+conformance: export CONFORMANCE_VERIFIER_REDIS := $(VERIFIER_REDIS)
+conformance: export CONFORMANCE_KEYSERVICE_REDIS := $(KEYSERVICE_REDIS)
+conformance: install ## whether a server has what is needed: REDIS=redis://..., or SERVER=program, or the embedded one
+	@$(if $(SERVER),REGIONS_REDIS_SERVER='$(SERVER)') $(CONFORMANCE) $(ARGS)
+
+conformance-servers: install ## the same with Debian's Redis 7.0 and Valkey 8.1, unpacked into .cache (needs apt-get)
+	@tests/conformance/fetch-servers $(CACHE)/servers
+	@for server in $(CACHE)/servers/*-server; do \
+		"$$server" --version && REGIONS_REDIS_SERVER="$$server" $(CONFORMANCE) $(ARGS) || exit 1; done
 
 .PHONY: check check-format check-lint check-types check-imports check-security check-secrets
 check: check-format check-lint check-types check-imports check-security check-secrets ## every static check

@@ -1,6 +1,6 @@
 """The command ``keyservice``.
 
-``serve`` runs the service. ``keys`` and ``keepers`` talk to a running one over its admin API
+``serve`` runs the service. ``keys``, ``keepers`` and ``bridge`` talk to a running one over its admin API
 (:mod:`keyservice.admin_client`).
 
 Exit codes: 0 done · 2 wrong usage or setting · 4 could not run. Errors are one line on standard error.
@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .admin_client import call_admin
+from .bridge_command import bridge
 from .cli_keepers import keepers
 from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError
 
@@ -28,6 +29,7 @@ clients = typer.Typer(no_args_is_help=True, help="The clients file.")
 app.add_typer(keys, name="keys")
 app.add_typer(clients, name="clients")
 app.add_typer(keepers, name="keepers")
+app.command()(bridge)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 

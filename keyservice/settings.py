@@ -33,7 +33,13 @@ __all__ = ["CLIENT_VARIABLES", "Settings", "load_settings"]
 
 PREFIX: Final = "KEYSERVICE_"
 CLIENT_VARIABLES: Final = frozenset(
-    {"KEYSERVICE_ADMIN_URL", "KEYSERVICE_TOKEN_URL", "KEYSERVICE_CLIENT_ID", "KEYSERVICE_CLIENT_SECRET"}
+    {
+        "KEYSERVICE_ADMIN_URL",
+        "KEYSERVICE_BRIDGE_REDIS_URL",
+        "KEYSERVICE_CLIENT_ID",
+        "KEYSERVICE_CLIENT_SECRET",
+        "KEYSERVICE_TOKEN_URL",
+    }
 )
 """What the commands read that talk to a running key service; no settings of the service itself."""
 

@@ -28,7 +28,7 @@ from verifier.limits import ENTRY_VALUE_BYTES_MAX
 from verifier.log import CUTOFF_KINDS, EPOCH_KIND, KINDS, NEVER_EXPIRES, Entry, FormatError, Position
 from verifier.token import parse, read_payload
 
-__all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "sid_draft"]
+__all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "identifier_of", "sid_draft"]
 
 SESSION_KINDS: Final = CUTOFF_KINDS | {"sid"}
 """Kinds that a session is checked against, as long as it lives."""
@@ -133,11 +133,12 @@ def _token_draft(token: str, entry_id: str, reason: str) -> Draft:
     issuer = members.get("iss", "")
     if not isinstance(issuer, str):
         raise RequestRefused("token_malformed", "not a token: claim iss is not a string")
-    kind, value = _identifier(members.get("jti"), parsed.signing_input)
+    kind, value = identifier_of(members.get("jti"), parsed.signing_input)
     return Draft(entry_id, kind, _bounded_issuer(issuer), value, None, reason, _until(members.get("exp")))
 
 
-def _identifier(jti: Any, signing_input: bytes) -> tuple[str, str]:
+def identifier_of(jti: Any, signing_input: bytes) -> tuple[str, str]:
+    """Kind and value by which one token is revoked: its ``jti``, or the SHA-256 of ``header.payload``."""
     if isinstance(jti, str) and 0 < len(jti.encode()) <= ENTRY_VALUE_BYTES_MAX:
         return "jti", jti
     return "tok", hashlib.sha256(signing_input).hexdigest()
