@@ -21,13 +21,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from .freshness import Freshness
 from .limits import RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
-from .log import Beat, Entry, Epoch, Meta, Position
+from .log import Beat, Entry, Epoch, FormatError, Meta, Position
 from .reader import Gap, Raw, Reader
 from .revocations import Mirror, Snapshot
 
@@ -60,12 +60,16 @@ class NotReady(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What a server holds beside the log's entries, read in one step; ``last_id`` is the log's last stream id."""
+    """What a server holds beside the log's entries, read in one step.
+
+    ``last_id`` is the log's last stream id, ``length`` how many entries it has (None: not told).
+    """
 
     epoch: Epoch
     meta: Meta
     beat: Beat | None
     last_id: tuple[int, int]
+    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +231,15 @@ class MirrorThread(ABC):
         self._publish(problem=problem)
 
     # -- what a source calls, from the thread -----------------------------------------------------------------------
+
+    def _beat_of(self, fields: Mapping[bytes, bytes]) -> Beat | None:
+        """The beat, or None: without one the mirror ages, but goes on reading."""
+        try:
+            return Beat.decode(fields) if fields else None
+        except FormatError as error:
+            self.counters["beats_skipped"] += 1
+            _log.error("mirror skipped a beat that it cannot read: %s", error.code)
+            return None
 
     def _absent(self) -> NotReady:
         """The server holds no trust log: tells the listeners, and returns what to raise."""
