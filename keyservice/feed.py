@@ -95,7 +95,8 @@ class _State:
 class _Consumer:
     """A bounded queue of events on their way to one consumer."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[str], None]) -> None:
+        self._on_end = on_end
         self.joined = False
         self.greeted = False
         self.ended: str | None = None
@@ -117,6 +118,7 @@ class _Consumer:
             self.ended = reason
             self._queue.clear()
             self._wake.set()
+            self._on_end(reason)
 
     async def get(self) -> bytes | None:
         """The next event, or None if there is none for a while."""
@@ -171,7 +173,7 @@ class Feed:
     async def _serve(
         self, state: _State, last_event_id: str | None, recheck: Callable[[], object]
     ) -> AsyncIterator[bytes]:
-        consumer = _Consumer()
+        consumer = _Consumer(self._ended)
         self._consumers.add(consumer)
         self._metrics.feed_consumers.set(len(self._consumers))
         try:
@@ -180,9 +182,7 @@ class Feed:
         finally:
             self._consumers.discard(consumer)
             self._metrics.feed_consumers.set(len(self._consumers))
-            self._metrics.feed_ends.labels(consumer.ended or "disconnected").inc()
-            if consumer.ended == "slow_consumer":
-                _log.warning("feed consumer dropped", reason=consumer.ended)
+            consumer.end("disconnected")
 
     async def _events(
         self, consumer: _Consumer, state: _State, last_event_id: str | None, recheck: Callable[[], object]
@@ -291,6 +291,11 @@ class Feed:
             event = render()
             for consumer in chosen:
                 consumer.put(event)
+
+    def _ended(self, reason: str) -> None:
+        self._metrics.feed_ends.labels(reason).inc()
+        if reason == "slow_consumer":
+            _log.warning("feed consumer dropped", reason=reason)
 
     def _end_all(self, reason: str) -> None:
         for consumer in self._consumers:

@@ -211,7 +211,7 @@ class FeedMirror(MirrorThread):
 
     def _on_begin(self, data: bytes) -> None:
         self._update(connection="reading")
-        self._reader = None
+        self._give_up_reader()
         self._following, self._complete = self._begin(self._state(data)), False
 
     def _on_resume(self, data: bytes) -> None:

@@ -132,7 +132,7 @@ class ReplicaMirror(MirrorThread):
         try:
             self._apply(reader, _only_stream(reply))
         except Reread:
-            self._reader = None  # whatever becomes of the next line, the log is read again: entries may have been lost
+            self._give_up_reader()  # whatever becomes of the next line: entries may have been lost
             reader.beside(self._read_state(client).meta)  # if the log was trimmed meanwhile, that is no hole
             raise
         self._round(reader, self._read_state(client))

@@ -454,12 +454,16 @@ class Verifier:
             raise
 
     def _still_has(self, verified: Verified, world: _World) -> bool:
-        """Step 3 again: the very key that verified is in the set (HS256 secrets do not change)."""
+        """Step 3 again: it gives the very key that verified (HS256 secrets do not change)."""
         key: PublicKey | HmacKey = verified.key
         if isinstance(key, HmacKey):
             return True
         keys = world.keys.keys
-        return keys is not None and (key.kid is not None) and keys.get(key.kid) == key
+        if keys is None:
+            return False
+        if not verified.named:
+            return keys.only_fit(verified.alg) == key
+        return key.kid is not None and keys.get(key.kid) == key
 
     def _decide_again(self, token: str, max_staleness_s: float | None, iat: float) -> Claims:
         """After a fetch: the kid is known, or unknown to a set that would have to know it, or undecidable."""
