@@ -134,6 +134,36 @@ class _Consumer:
         return event
 
 
+class _Pages:
+    """Reads the log for one consumer, up to where the task stands.
+
+    The meta stands beside each page: what is trimmed meanwhile is told from a hole.
+    """
+
+    def __init__(self, replica: Node, cursor: _Id | None, state: _State) -> None:
+        self._replica = replica
+        self._epoch = state.epoch
+        self._raw_meta = state.raw_meta
+        self.cursor = cursor
+
+    async def read(self, until: _Id | None) -> AsyncIterator[bytes]:
+        """Events with the entries up to ``until`` (None: to the last)."""
+        while self.cursor is None or until is None or self.cursor < until:
+            first = "-" if self.cursor is None else f"({_text_id(self.cursor)}"
+            async with self._replica.redis.pipeline(transaction=True) as pipe:
+                pipe.xrange(LOG_KEY, first, "+" if until is None else _text_id(until), count=FEED_PAGE_ENTRIES)
+                pipe.hgetall(META_KEY)
+                page, raw_meta = await pipe.execute()
+            if raw_meta and raw_meta != self._raw_meta:
+                self._raw_meta = raw_meta
+                yield _event("meta", {"meta": _text(raw_meta)})
+            if page:
+                self.cursor = parse_stream_id(page[-1][0])
+                yield _entries(page, self._epoch)
+            if len(page) < FEED_PAGE_ENTRIES:
+                return
+
+
 class Feed:
     """Follows the replica for as long as there are consumers."""
 
@@ -191,16 +221,12 @@ class Feed:
         if reset is not None:
             yield _event("reset", {"reason": reset})
         yield state.render("begin" if cursor is None else "resume")
+        catching_up = _Pages(self._replica, cursor, state)
         try:
-            while (page := await self._page(cursor, None)) and consumer.ended is None:
-                cursor = parse_stream_id(page[-1][0])
-                yield _entries(page, state.epoch)
-                if len(page) < FEED_PAGE_ENTRIES:
-                    break
-            until = await self._join(consumer, cursor)
-            while consumer.ended is None and (page := await self._page(cursor, until)):
-                cursor = parse_stream_id(page[-1][0])
-                yield _entries(page, state.epoch)
+            async for event in catching_up.read(None):
+                yield event
+            async for event in catching_up.read(await self._join(consumer, catching_up.cursor)):
+                yield event
         except (RedisError, OSError):
             consumer.end("replica_unreachable")
         except FormatError:
@@ -208,16 +234,6 @@ class Feed:
         async for event in _queued(consumer, recheck):
             yield event
         yield _event("end", {"reason": consumer.ended})
-
-    async def _page(self, after: _Id | None, until: _Id | None) -> list[_Raw]:
-        """Entries after ``after`` (None: from the first) up to ``until`` (None: to the last)."""
-        if after is not None and until is not None and after >= until:
-            return []
-        first = "-" if after is None else f"({_text_id(after)}"
-        last = "+" if until is None else _text_id(until)
-        reply: Any = await self._replica.redis.xrange(LOG_KEY, first, last, count=FEED_PAGE_ENTRIES)
-        page: list[_Raw] = reply
-        return page
 
     async def _join(self, consumer: _Consumer, cursor: _Id | None) -> _Id | None:
         """Wait until the task has passed the consumer; from then on its queue gets what follows the id returned."""

@@ -8,6 +8,7 @@ freshness are decided here by the same code as over Redis (:mod:`verifier.mirror
     begin     beat, epoch, meta, last_id, length                 the log from its first entry follows
     resume    the same                                           what follows the position that was asked for
     reset     reason                                             that position is not in the log; begin follows
+    meta      meta                                               it changed, and stood beside the entries that follow
     entries   [[stream id, fields], …]                           in the log's order
     round     as begin; epoch and meta only if they changed      read after every entry sent before it
     end       reason                                             the server ends the stream, by name
@@ -61,6 +62,10 @@ class _StateData(msgspec.Struct):
     length: int | None = None
 
 
+class _MetaData(msgspec.Struct):
+    meta: dict[str, str]
+
+
 class _Reason(msgspec.Struct):
     reason: str = ""
 
@@ -103,6 +108,7 @@ class FeedMirror(MirrorThread):
             "begin": self._on_begin,
             "resume": self._on_resume,
             "reset": self._on_reset,
+            "meta": self._on_meta,
             "entries": self._on_entries,
             "round": self._on_round,
             "end": self._on_end,
@@ -220,6 +226,10 @@ class FeedMirror(MirrorThread):
     def _on_reset(self, data: bytes) -> None:
         reason = _decode(data, _Reason).reason
         self._reread(reason if reason in RESETS else "reset")
+
+    def _on_meta(self, data: bytes) -> None:
+        self._meta = Meta.decode(_bytes(_decode(data, _MetaData).meta))
+        self._started().beside(self._meta)
 
     def _on_entries(self, data: bytes) -> None:
         batch: list[Raw] = [
