@@ -87,6 +87,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "KEYSERVICE_REDIS_URL": server.url,
         "KEYSERVICE_KEK": KEK,
         "KEYSERVICE_CLIENTS_FILE": str(clients_file),
+        "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
