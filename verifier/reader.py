@@ -200,10 +200,10 @@ class Reader:
             raise Reread("deleted")
         if self.holed_nonce is not None:
             self._check_stains(meta, epoch)
-        if epoch.nonce == self.epoch.nonce:
-            self.witnessed = True
-        elif self.witnessed:
+        if epoch.nonce != self.epoch.nonce and self.witnessed:  # begun after the gaps were met
             self.known, self.open_gaps = self.known | self.gaps, set()
+        self.open_gaps -= epoch.holes
+        self.witnessed = True
         self.meta, self.epoch = meta, epoch
 
     def _check_stains(self, meta: Meta, epoch: Epoch) -> None:
@@ -227,7 +227,7 @@ class Reader:
         return left
 
     def known_after(self) -> frozenset[Hole]:
-        """Gaps that need not stain the next epoch: this one's, if it was still the current one when they were met."""
+        """Gaps that need not stain the next epoch: those of this pass, if an epoch before it was seen after them."""
         return self.known | self.gaps if self.witnessed else self.known
 
     def held_after(self) -> Position | None:

@@ -63,14 +63,16 @@ class Tail:
         assert data.epoch is not None
         reader = self.reader or Reader(data.meta, data.epoch, tolerant, self.known_gaps, self.held)
         since = reader.position
+        last = data.log[-1][0][:2]
         if since is None:
             self.begin()
         else:
-            reader.check(data.meta, data.epoch, data.log[-1][0][:2], len(data.log))
+            reader.check(data.meta, data.epoch, last, len(data.log))
         unread = data.log if since is None else [item for item in data.log if item[0][:2] > since[:2]]
         accepted = reader.accept(_raw(position, entry) for position, entry in unread)
         reader.tolerant = False
         self.reader = reader
+        reader.check(data.meta, data.epoch, last, len(data.log))
         stored = {position[:2]: entry for position, entry in unread}  # the very objects, which know their digests
         self.take([(position, stored[position[:2]]) for position, _ in accepted], data, reader, now_ms)
 

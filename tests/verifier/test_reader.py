@@ -258,6 +258,21 @@ def test_a_gap_that_may_be_younger_than_the_next_epoch_stains_that_too() -> None
     assert reason_of(reader(epoch=TWO, known=first.known_after()), NEXT) == "hole"
 
 
+def test_a_gap_that_does_not_stain_is_open_until_an_epoch_that_began_later_or_names_it() -> None:
+    for later in (TWO, replace(epoch_of((1, NONCE), (2, NONCE_2), (3, "3" * 16)), number=3, nonce="3" * 16)):
+        read = reader(held=Position(1, 4, NONCE))
+        read.accept(HOLED)
+        assert (read.holed_nonce, read.open_gaps) == (None, {THE_GAP})
+        read.check(META, ONE if later is TWO else TWO, (2, 1))
+        assert read.open_gaps == {THE_GAP}  # that epoch may have begun before the gap was made
+        read.check(META, later, (2, 1))
+        assert (read.open_gaps, read.known) == (set(), frozenset({THE_GAP}))
+    read = reader(held=Position(1, 4, NONCE))
+    read.accept(HOLED)
+    read.check(META, replace(TWO, holes=frozenset({THE_GAP})), (2, 1))
+    assert read.open_gaps == set()
+
+
 @pytest.mark.parametrize("nonce", [NONCE, NONCE_2])
 def test_a_gap_of_another_history_is_not_known(nonce: str) -> None:
     known = frozenset({(THE_GAP[0]._replace(nonce=nonce), THE_GAP[1])})
