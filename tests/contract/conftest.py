@@ -34,7 +34,7 @@ class KeyService:
     def start(self) -> None:
         """Started and ready."""
         self.process = subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=self.environment)
-        until(_answers(f"{self.url}/readyz"), 20)
+        until(_answers(f"{self.url}/readyz"), 60)
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         if self.process is not None:
@@ -102,7 +102,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
     made = KeyService(public, admin, server.url, environment)
     try:
         made.start()
-        until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 20)
+        until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 60)
         yield made
     finally:
         made.kill(signal.SIGTERM)

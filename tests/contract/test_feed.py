@@ -63,9 +63,7 @@ def test_a_key_service_that_went_away_takes_no_revocation_along_and_is_followed_
     for number, how in enumerate((signal.SIGKILL, signal.SIGTERM)):
         keyservice.admin("POST", "/admin/revocations", {"token": tokens[number]})
         until(lambda n=number: refused(verifier, tokens[n]), 15)  # type: ignore[misc]
-        began = time.monotonic()
         keyservice.kill(how)
-        assert time.monotonic() - began < 4  # an open feed does not hold it up: its grace is 5 s
         until(lambda: verifier.status().problem is not None, 10)
         assert refused(verifier, tokens[number])
         verifier.verify(tokens[2])
