@@ -80,7 +80,8 @@ class ReplicaMirror(MirrorThread):
         options = client.connection_pool.connection_kwargs
         server = (options.get("host"), options.get("port"), options.get("path"))
         if server != self._server:
-            self._server, self._reader = server, None
+            self._server = server
+            self._give_up_reader()
 
     def _problem_of(self, error: Exception) -> str | None:
         return _name_problem(error)
