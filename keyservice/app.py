@@ -198,6 +198,11 @@ class Service:
             self.frontend.start()
         self._tasks = [asyncio.create_task(repeat(once, pause_s, self._stopping)) for once, pause_s in rounds]
 
+    async def end_streams(self) -> None:
+        """End the answers that would go on for ever, before the servers wait for those under way."""
+        if self.frontend is not None:
+            await self.frontend.feed.close()
+
     async def stop(self) -> None:
         """Stop everything and close every connection."""
         self._stopping.set()

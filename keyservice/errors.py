@@ -11,6 +11,7 @@
     ├── KeeperUnavailable     the region's keeper cannot store: nothing was done
     ├── EnvelopeError         a wrapped private key cannot be opened
     ├── SigningUnavailable    no token can be signed now, by name
+    ├── FeedUnavailable       the revocation feed cannot be served now, by name
     ├── ClockSkewed           this machine's clock is off: nothing that needs the time is done
     ├── RequestRefused        the request's fault: an HTTP 4xx
     └── OAuthError            the same on /oauth2/*, with a code of RFC 6749
@@ -28,6 +29,7 @@ __all__ = [
     "EXIT_USAGE",
     "ClockSkewed",
     "EnvelopeError",
+    "FeedUnavailable",
     "KeeperUnavailable",
     "KeyserviceError",
     "OAuthError",
@@ -119,6 +121,10 @@ class EnvelopeError(KeyserviceError):
 
 class SigningUnavailable(KeyserviceError):
     """No token can be signed now: HTTP 503."""
+
+
+class FeedUnavailable(KeyserviceError):
+    """The revocation feed cannot be served now: HTTP 503, or the last event of a stream."""
 
 
 class ClockSkewed(KeyserviceError):

@@ -9,13 +9,14 @@ from starlette.types import ASGIApp
 
 from verifier.log import Entry
 
-from .api import admin_keepers, admin_keys, admin_revocations, admin_sessions, oauth
+from .api import admin_keepers, admin_keys, admin_revocations, admin_sessions, feed, oauth
 from .api.jwks import JwksFirst
 from .bearer import AdminBearer
 from .clients import Authenticator, Clients
 from .envelope import Kek
 from .errors import SigningUnavailable, StartError
 from .evidence import Evidence, read_evidence
+from .feed import Feed
 from .granting import Granting
 from .issuing import Issuer, SharedSecret
 from .jobs import RotationJob
@@ -62,6 +63,7 @@ class Frontend:
             enforce=service.enforce,
             metrics=service.metrics,
         )
+        self.feed = Feed(service.own, service.metrics)
         self._build_tokens(clients)
 
     def _build_tokens(self, clients: Clients) -> None:
@@ -100,7 +102,10 @@ class Frontend:
 
     def public_routers(self) -> tuple[APIRouter, ...]:
         """For anybody."""
-        return (oauth.router(self._authenticator, self._granting, self._service.metrics),)
+        return (
+            oauth.router(self._authenticator, self._granting, self._service.metrics),
+            feed.router(self._bearer, self.feed),
+        )
 
     def admin_routers(self) -> tuple[APIRouter, ...]:
         """For administration."""
@@ -149,6 +154,7 @@ class Frontend:
 
     async def stop(self) -> None:
         """End what runs."""
+        await self.feed.close()
         await self._rotation.stop()
         await self.revoker.stop()
         self._authenticator.close()

@@ -159,8 +159,8 @@ class KeeperRunner(LogListener):
         with self._lock:
             if not self._save(state):
                 return
-            holed = state.holed_nonce == state.epoch.nonce
-            self._head = LogHead(state.epoch, state.beat, state.position, holed, state.meta.trimmed_to)
+            holed = bool(state.open_gaps)  # also one that this mirror lacks nothing of: others will start later
+            self._head = LogHead(state.epoch, state.beat, state.position, holed, state.meta.trimmed_to, state.gaps)
             self.problem = self._why_not(state)
             self._beat_at_ms = self._beat_at_ms if state.beat is None else state.beat.at_ms
             step = self._next_step()

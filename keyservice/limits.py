@@ -103,6 +103,27 @@ KEEPER_CONNECTIONS_MAX: Final = 64
 RECEIPT_POLL_S: Final = 0.004
 """How often the own region's server is asked for evidence while somebody waits for a receipt."""
 
+# -- the revocation feed --------------------------------------------------------------------------------------------
+
+FEED_CONSUMERS_MAX: Final = 2_000
+"""Open streams of one process: each costs a socket and what its queue holds back."""
+
+FEED_QUEUE_BYTES_MAX: Final = 8_388_608
+"""Events that one consumer may hold back: about 25,000 revocations, or ten minutes of beats. Consumers share them."""
+
+FEED_PAGE_ENTRIES: Final = 256
+"""Entries in one event: at most 1.5 MB where every character is escaped, far below what a verifier reads (4 MiB)."""
+
+FEED_TAIL_BLOCK_MS: Final = 200
+"""One round, as in a verifier: it paces the beats that consumers see."""
+
+FEED_KEEPALIVE_S: Final = 1.0
+"""A round after this much silence, or a comment where there is none to send; a verifier takes three seconds of silence
+for a dead connection."""
+
+FEED_RECHECK_S: Final = 5.0
+"""How often a stream's token is looked at again: 30 µs for each consumer."""
+
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 RSA_BITS: Final = 2_048

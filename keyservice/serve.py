@@ -14,7 +14,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Final
 
@@ -73,18 +73,23 @@ async def _serve(service: Service) -> None:
                     opened.callback(path.unlink, missing_ok=True)
                 listening.append((app, sock))
             await service.start()
-            await _run_servers(listening, stopping)
+            await _run_servers(listening, stopping, service.end_streams)
         finally:
             await service.stop()
 
 
-async def _run_servers(listening: list[tuple[ASGIApp, socket.socket]], stopping: asyncio.Event) -> None:
+async def _run_servers(
+    listening: list[tuple[ASGIApp, socket.socket]],
+    stopping: asyncio.Event,
+    end_streams: Callable[[], Awaitable[None]],
+) -> None:
     servers = [(_server(app), sock) for app, sock in listening]
     running = [asyncio.create_task(server.serve(sockets=[sock])) for server, sock in servers]
     for _, sock in servers:
         _log.info("listening", address=str(sock.getsockname()))
     stopped = asyncio.create_task(stopping.wait())
     await asyncio.wait([stopped, *running], return_when=asyncio.FIRST_COMPLETED)
+    await end_streams()  # a server waits for the answers under way, and these would not end by themselves
     for server, _ in servers:
         server.should_exit = True
     await asyncio.gather(*running)

@@ -90,6 +90,10 @@ class Metrics:
         self.rotation_runs = Counter(
             "keyservice_rotation_runs", "Runs of the rotator, by outcome", ("outcome",), registry=registry
         )
+        self.feed_consumers = Gauge("keyservice_feed_consumers", "Open revocation feeds", registry=registry)
+        self.feed_ends = Counter(
+            "keyservice_feed_ends", "Revocation feeds that ended, by reason", ("reason",), registry=registry
+        )
         Info("keyservice_build", "What runs here", registry=registry).info({"version": version(), "region": region})
 
     def count_append(self, outcome: str, entries: int) -> None:

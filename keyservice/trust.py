@@ -29,6 +29,7 @@ from verifier.log import (
     Epoch,
     FormatError,
     Generation,
+    Hole,
     Position,
     region_key,
 )
@@ -233,6 +234,7 @@ class TrustLog:
             above=bump.above,
             voters=msgspec.json.encode(dict(bump.voters)).decode(),
             forgotten=msgspec.json.encode(list(forgotten)).decode() if forgotten else "",
+            holes=_encoded_holes(bump.holes),
             on_absent=bump.seen is None,
             min_reader_format=min_reader_format,
         )
@@ -316,6 +318,7 @@ class TrustLog:
         above: int = 0,
         voters: str = "",
         forgotten: str = "",
+        holes: str = "",
         on_absent: bool = False,
         min_reader_format: int = FORMAT,
     ) -> bool:
@@ -336,6 +339,7 @@ class TrustLog:
             str(FORMAT),
             str(min_reader_format),
             str(self._max_token_lifetime_s),
+            holes,
         ]
         outcome, *number = await self._primary.run("bump.lua", (META_KEY, EPOCH_KEY, LOG_KEY), list(args))
         self.seen = None
@@ -345,6 +349,12 @@ class TrustLog:
             self.bumps += 1
             _log.info("epoch begun", number=int(number[0]), first=seen is None)
         return bool(outcome == b"bumped")
+
+
+def _encoded_holes(holes: frozenset[Hole]) -> str:
+    """As an epoch's hash has them; nothing for none."""
+    pairs = sorted((right, left) for left, right in holes)
+    return msgspec.json.encode([(left and str(left), str(right)) for right, left in pairs]).decode() if pairs else ""
 
 
 def _appended_fields(entry: Entry) -> tuple[str, ...]:

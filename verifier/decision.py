@@ -57,7 +57,10 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A token that passed steps 1-5. ``valid_from`` and ``valid_until`` (Unix seconds) bound when that holds."""
+    """A token that passed steps 1-5. ``valid_from`` and ``valid_until`` (Unix seconds) bound when that holds.
+
+    ``kid`` is the key's; ``named`` says whether the token's header named it.
+    """
 
     members: dict[str, Any] = field(repr=False)
     facts: Facts = field(repr=False)
@@ -66,6 +69,7 @@ class Verified:
     key: PublicKey | HmacKey
     tok: str | None
     valid_until: float
+    named: bool
 
 
 def _keys_for(header: Header, rules: Rules, keys: KeySet | None) -> tuple[PublicKey | HmacKey, ...]:
@@ -129,7 +133,7 @@ def check_static(token: str, rules: Rules, keys: KeySet | None, now: float) -> V
     if header.alg == "HS256" and rules.hs256_until is not None:
         valid_until = min(valid_until, rules.hs256_until)
     tok = None if facts.jti is not None else hashlib.sha256(parsed.signing_input).hexdigest()
-    return Verified(members, facts, header.alg, header.kid or key.kid, key, tok, valid_until)
+    return Verified(members, facts, header.alg, header.kid or key.kid, key, tok, valid_until, header.kid is not None)
 
 
 def check_kid_revoked(unknown: UnknownKid, revocations: Snapshot) -> None:

@@ -7,8 +7,10 @@ says that a majority of regions confirmed it: without that, a zombie primary's s
     staleness = max(monotonic time since the newest applied confirmed beat arrived, wall clock now - its server time)
 
 Nothing is subtracted. The monotonic part survives a wrong wall clock, the wall part an old beat that arrives late. A
-beat more than ``max_skew_s`` in the future is not counted. While no confirmed beat was ever applied, the age of the
-newest applied beat is reported instead, marked unconfirmed, and the mirror is not fresh.
+beat more than ``max_skew_s`` in the future is not counted, by its own time or by that of the one it confirms. In a
+closed epoch none is confirmed, and a newer beat counts only once it is applied: until then the last confirmed one that
+was applied, of whatever epoch, goes on ageing. While there was never one, the age of the newest applied beat is
+reported instead, marked unconfirmed, and the mirror is not fresh.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class Freshness:
 
     def heard(self, beat: Beat, epoch: Epoch, meta: Meta, *, now: float, mono: float) -> Freshness:
         """A round of reading brought this beat, epoch and meta; ``now`` is wall time, ``mono`` monotonic (seconds)."""
-        ahead = beat.at_ms / 1000 - now > self.max_skew_s
+        ahead = max(beat.at_ms, beat.confirmed_at_ms or 0) / 1000 - now > self.max_skew_s
         state = replace(
             self,
             epoch_open=epoch.open,
@@ -80,7 +82,12 @@ class Freshness:
             return state
         seen = Heard(beat.nonce, beat.n, beat.at_ms / 1000, beat.position, mono)
         state = replace(state, pending=_newer(seen, self.pending, self.applied))
-        if beat.confirmed_n is None or beat.confirmed_at_ms is None or beat.confirmed_position is None:
+        if (
+            beat.confirmed_n is None
+            or beat.confirmed_at_ms is None
+            or beat.confirmed_position is None
+            or not epoch.open
+        ):
             return state
         vouched = Heard(beat.nonce, beat.confirmed_n, beat.confirmed_at_ms / 1000, beat.confirmed_position, mono)
         return replace(state, pending_confirmed=_newer(vouched, self.pending_confirmed, self.confirmed))
@@ -101,6 +108,7 @@ class Freshness:
         return Staleness(seconds, self.confirmed is not None, self._reason(seconds, max_staleness_s))
 
     def _reason(self, seconds: float | None, max_staleness_s: float) -> str | None:
+        stale = seconds is None or not seconds <= max_staleness_s
         checks = (
             (not self.synced, "never_synced"),
             (self.log_format_newer, "log_format_newer"),
@@ -109,7 +117,9 @@ class Freshness:
             (self.confirmed is None and self.holed_nonce is not None, "hole"),
             (self.confirmed is None and not self.epoch_open, "epoch_closed"),
             (self.confirmed is None, "unconfirmed"),
-            (seconds is None or not seconds <= max_staleness_s, "stale"),
+            (stale and self.clock_skew, "clock_skew"),
+            (stale and self.holed_nonce is not None, "hole"),
+            (stale, "stale"),
         )
         return next((reason for wrong, reason in checks if wrong), None)
 

@@ -71,6 +71,21 @@ RECONNECT_DELAY_MIN_S: Final = 0.05
 RECONNECT_DELAY_MAX_S: Final = 2.0
 """Reconnects back off between these, with full jitter, so that a returning replica is not stampeded."""
 
+FEED_CONNECT_TIMEOUT_S: Final = 2.0
+"""A new connection over a 90 ms link costs about five round trips, with TLS seven."""
+
+FEED_READ_TIMEOUT_S: Final = 3.0
+"""The server says something every second; silence for longer is a dead connection, below the staleness bound of 5 s."""
+
+FEED_EVENT_BYTES_MAX: Final = 4_194_304
+"""The server sends at most 256 entries in one event, of up to 6 kB each where every character is escaped."""
+
+FEED_TOKEN_REPLY_BYTES_MAX: Final = 65_536
+"""A token response (RFC 6749 section 5.1) is one token of 16 KiB at most; a problem document is small too."""
+
+FEED_TOKEN_MARGIN_S: Final = 30.0
+"""A token is renewed this long before it ends, or at half of a life shorter than a minute: clocks may differ by 5 s."""
+
 HTTP_TIMEOUT_S: Final = 3.0
 """One JWKS fetch, all of it; the next URL is tried after that."""
 

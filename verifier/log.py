@@ -40,6 +40,7 @@ __all__ = [
     "EpochLink",
     "FormatError",
     "Generation",
+    "Hole",
     "Meta",
     "Position",
     "region_key",
@@ -284,11 +285,18 @@ def _links(text: str) -> tuple[EpochLink, ...]:
         raise FormatError("chain_invalid", "not a list of epochs") from None
 
 
+Hole = tuple[Position | None, Position]
+"""The entries on both sides of a gap in the log, None for the beginning of the log."""
+
+
 @dataclass(frozen=True, slots=True)
 class Epoch:
     """The hash ``{trust}:epoch``. ``replid`` is the replication id of the server that it was opened on.
 
     ``chain`` is this history, ``known`` are epochs that keepers know of and this history lacks.
+
+    ``holes`` are gaps that were in the log before this epoch was opened, by the word of whoever opened it or one before
+    it: the regions have answered them by merging into the epoch.
     """
 
     number: int
@@ -298,6 +306,7 @@ class Epoch:
     generation: Generation
     chain: tuple[EpochLink, ...]
     known: tuple[EpochLink, ...] = ()
+    holes: frozenset[Hole] = frozenset()
 
     @classmethod
     def decode(cls, fields: Mapping[bytes, bytes]) -> Epoch:
@@ -313,11 +322,21 @@ class Epoch:
             generation=Generation(number, _uint(_text(fields, "keys_n", "0"), "keys_n")),
             chain=_links(_text(fields, "chain")),
             known=_links(_text(fields, "known", "[]")),
+            holes=_holes(_text(fields, "holes", "[]")),
         )
 
     def nonce_of(self, number: int) -> str | None:
         """The nonce of that epoch number in this history, or None if it is not part of it."""
         return next((link.nonce for link in self.chain if link.number == number), None)
+
+
+def _holes(text: str) -> frozenset[Hole]:
+    """``[["1-1.<nonce>" or null, "1-3.<nonce>"], …]``; raises :class:`FormatError`."""
+    try:
+        pairs = msgspec.json.decode(text, type=list[tuple[str | None, str]])
+    except msgspec.DecodeError:
+        raise FormatError("holes_invalid", "not a list of pairs of positions") from None
+    return frozenset((None if left is None else Position.parse(left), Position.parse(right)) for left, right in pairs)
 
 
 @dataclass(frozen=True, slots=True)

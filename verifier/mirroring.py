@@ -21,13 +21,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final
 
 from .freshness import Freshness
 from .limits import RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
-from .log import Beat, Entry, Epoch, Meta, Position
+from .log import Beat, Entry, Epoch, FormatError, Hole, Meta, Position
 from .reader import Gap, Raw, Reader
 from .revocations import Mirror, Snapshot
 
@@ -39,7 +40,7 @@ DROP_EVERY_S: Final = 30.0
 """How often expired entries are looked for; they are harmless meanwhile."""
 
 DROP_BEAT_AGE_MAX_S: Final = 5.0
-"""A beat older than this is no witness of the time any more."""
+"""A mirror that is staler than this drops nothing: a clock alone must never bring a token back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,23 +61,33 @@ class NotReady(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LogState:
-    """What a server holds beside the log's entries, read in one step; ``last_id`` is the log's last stream id."""
+    """What a server holds beside the log's entries, read in one step.
+
+    ``last_id`` is the log's last stream id, ``length`` how many entries it has (None: not told).
+    """
 
     epoch: Epoch
     meta: Meta
     beat: Beat | None
     last_id: tuple[int, int]
+    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A complete round: everything up to ``position`` was handed on before, and the rest was read after it."""
+    """A complete round: everything up to ``position`` was handed on before, and the rest was read after it.
+
+    ``gaps`` are those in the log, ``open_gaps`` those of them that no epoch has answered. One that is not in
+    ``epoch.holes`` keeps mirrors that start now from being fresh, until an epoch is opened that names it.
+    """
 
     epoch: Epoch
     meta: Meta
     beat: Beat | None
     position: Position
     holed_nonce: str | None
+    gaps: frozenset[Hole] = frozenset()
+    open_gaps: frozenset[Hole] = frozenset()
 
 
 class LogListener:
@@ -116,7 +127,8 @@ class MirrorThread(ABC):
         join_s: float,
     ) -> None:
         self._reader: Reader | None = None
-        self._known_gaps: frozenset[Gap] = frozenset()
+        self._known_gaps: frozenset[Hole] = frozenset()
+        self._held: Position | None = None
         self._tolerant = False
         self._drop_grace_s = drop_grace_s
         self._mirror = Mirror()
@@ -146,7 +158,9 @@ class MirrorThread(ABC):
     @property
     def answered_gaps(self) -> frozenset[Gap]:
         """Holes of the log that were found before the present epoch began: it answers them by opening."""
-        return self._known_gaps
+        reader, epoch = self._reader, self._view.epoch
+        holes = (self._known_gaps if reader is None else reader.known) | (epoch.holes if epoch else frozenset())
+        return frozenset((None if left is None else left[:2], right[:2]) for left, right in holes)
 
     def subscribe(self, on_change: Callable[[View], None]) -> None:
         """Call ``on_change(view)`` after each new view is in place, from the thread that made it."""
@@ -209,7 +223,8 @@ class MirrorThread(ABC):
             was_tailing = self._view.connection == "tailing"
             delay_s = RECONNECT_DELAY_MIN_S if was_tailing else min(delay_s * 2, RECONNECT_DELAY_MAX_S)
             if self._nodes > 1:
-                node, self._reader = (node + 1) % self._nodes, None
+                node = (node + 1) % self._nodes
+                self._give_up_reader()
             self._update(connection="waiting")
             self._closing.wait(random.uniform(0, delay_s))
         self._update(connection="closed")
@@ -219,7 +234,7 @@ class MirrorThread(ABC):
         if problem is None:
             _log.error("mirror failed; starting over", exc_info=error)
             self.counters["failures"] += 1
-            self._reader = None
+            self._give_up_reader()
             return
         self.counters["disconnects"] += 1
         if problem != self._view.problem:
@@ -227,6 +242,15 @@ class MirrorThread(ABC):
         self._publish(problem=problem)
 
     # -- what a source calls, from the thread -----------------------------------------------------------------------
+
+    def _beat_of(self, fields: Mapping[bytes, bytes]) -> Beat | None:
+        """The beat, or None: without one the mirror ages, but goes on reading."""
+        try:
+            return Beat.decode(fields) if fields else None
+        except FormatError as error:
+            self.counters["beats_skipped"] += 1
+            _log.error("mirror skipped a beat that it cannot read: %s", error.code)
+            return None
 
     def _absent(self) -> NotReady:
         """The server holds no trust log: tells the listeners, and returns what to raise."""
@@ -237,14 +261,20 @@ class MirrorThread(ABC):
     def _resume(self, state: LogState) -> Reader | None:
         """The reader of the lost session, if the server still holds what it read; raises :class:`Reread`."""
         if self._reader is not None:
-            self._reader.check(state.meta, state.epoch, state.last_id)
+            self._reader.check(state.meta, state.epoch, state.last_id, state.length)
         return self._reader
 
     def _begin(self, state: LogState) -> Reader:
         """A read from the first entry begins. Its reader is kept only once the read is complete."""
         for listener in self._listeners:
             listener.begin()
-        return Reader(state.meta, state.epoch, self._tolerant, self._known_gaps)
+        return Reader(state.meta, state.epoch, self._tolerant, self._known_gaps, self._held)
+
+    def _give_up_reader(self) -> None:
+        """The log will be read from its first entry; what was read stays held."""
+        if self._reader is not None:
+            self._held, self._known_gaps = self._reader.held_after(), self._reader.known
+            self._reader = None
 
     def _end(self, reader: Reader) -> None:
         """The read from the first entry is complete."""
@@ -270,19 +300,22 @@ class MirrorThread(ABC):
             self._mirror.apply(entry for _, entry in accepted)
             snapshot = self._mirror.snapshot
             if reader.whole:
-                reached = self._reached(reader, accepted[-1][0])
+                reached = self._reached(reader, *_ends(accepted))
                 self._publish(snapshot=snapshot, position=reader.position, freshness=reached)
             else:  # what was carried forward is still to come: what is held grows, but no position vouches for it yet
                 self._publish(snapshot=snapshot)
         for listener in self._listeners:
             listener.entries(accepted)
 
-    def _reached(self, reader: Reader, position: Position) -> Freshness:
-        return replace(self._view.freshness, holed_nonce=reader.holed_nonce).reached(position)
+    def _reached(self, reader: Reader, *positions: Position) -> Freshness:
+        freshness = replace(self._view.freshness, holed_nonce=reader.holed_nonce)
+        for position in positions:
+            freshness = freshness.reached(position)
+        return freshness
 
     def _round(self, reader: Reader, state: LogState) -> None:
         """What stood beside the log after the entries that were applied before; raises :class:`Reread`."""
-        reader.check(state.meta, state.epoch, state.last_id)
+        reader.check(state.meta, state.epoch, state.last_id, state.length)
         assert reader.position is not None  # or the check had refused
         freshness = replace(self._view.freshness, synced=True, holed_nonce=reader.holed_nonce)
         if state.beat is not None:
@@ -290,15 +323,16 @@ class MirrorThread(ABC):
         freshness = freshness.reached(reader.position)
         self._drop_expired(freshness)
         self._publish(freshness=freshness, epoch=state.epoch, connection="tailing", problem=None)
-        done = Round(state.epoch, state.meta, state.beat, reader.position, reader.holed_nonce)
+        gaps, open_gaps = frozenset(reader.gaps), frozenset(reader.open_gaps)
+        done = Round(state.epoch, state.meta, state.beat, reader.position, reader.holed_nonce, gaps, open_gaps)
         for listener in self._listeners:
             listener.round(done)
 
     def _reread(self, reason: str) -> None:
         """The log contradicts what was read: keep everything, and read it again from its first entry."""
         if self._reader is not None and reason == "next_epoch":
-            self._known_gaps = frozenset(self._reader.gaps)
-        self._reader = None
+            self._reader.known = self._reader.known_after()
+        self._give_up_reader()
         self._tolerant = reason in ("hole", "fork")
         self.counters["rereads"] += 1
         self.counters[f"reread_{reason}"] += 1
@@ -314,15 +348,15 @@ class MirrorThread(ABC):
     # -- publishing -------------------------------------------------------------------------------------------------
 
     def _drop_expired(self, freshness: Freshness) -> None:
-        """Forget expired entries now and then, by both clocks, and never on the word of a beat that is old."""
+        """Forget expired entries now and then, by both clocks, on the word of a young confirmed beat alone."""
         now, mono = time.time(), time.monotonic()
-        heard = freshness.confirmed or freshness.applied
+        heard = freshness.confirmed
         if mono < self._next_drop_mono or heard is None:
+            return
+        if not freshness.staleness(now=now, mono=mono, max_staleness_s=DROP_BEAT_AGE_MAX_S).fresh:
             return
         self._next_drop_mono = mono + DROP_EVERY_S
         elapsed_s = mono - heard.arrived_mono
-        if elapsed_s > DROP_BEAT_AGE_MAX_S:
-            return
         with self._mirror_lock:
             if self._mirror.drop_expired(now, heard.at_s + elapsed_s, self._drop_grace_s):
                 self._publish(snapshot=self._mirror.snapshot)
@@ -337,3 +371,11 @@ class MirrorThread(ABC):
             self._advanced.notify_all()
         for on_change in self._on_change:
             on_change(self._view)
+
+
+def _ends(accepted: list[tuple[Position, Entry]]) -> Iterator[Position]:
+    """The last position of each epoch: a beat of one that ends within the batch is reached on the way."""
+    for (position, _), (following, _) in pairwise(accepted):
+        if position.nonce != following.nonce:
+            yield position
+    yield accepted[-1][0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .errors import ConfigurationError
 from .limits import READ_BATCH_ENTRIES, REDIS_TIMEOUT_S, TAIL_BLOCK_MS
-from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Beat, Epoch, FormatError, Meta
+from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Epoch, FormatError, Meta
 from .log import parse_stream_id as _stream_id
 from .mirroring import LogState, MirrorThread, NotReady, View
 from .reader import Raw, Reader, Reread
@@ -80,7 +80,8 @@ class ReplicaMirror(MirrorThread):
         options = client.connection_pool.connection_kwargs
         server = (options.get("host"), options.get("port"), options.get("path"))
         if server != self._server:
-            self._server, self._reader = server, None
+            self._server = server
+            self._give_up_reader()
 
     def _problem_of(self, error: Exception) -> str | None:
         return _name_problem(error)
@@ -132,7 +133,7 @@ class ReplicaMirror(MirrorThread):
         try:
             self._apply(reader, _only_stream(reply))
         except Reread:
-            self._reader = None  # whatever becomes of the next line, the log is read again: entries may have been lost
+            self._give_up_reader()  # whatever becomes of the next line: entries may have been lost
             reader.beside(self._read_state(client).meta)  # if the log was trimmed meanwhile, that is no hole
             raise
         self._round(reader, self._read_state(client))
@@ -143,19 +144,11 @@ class ReplicaMirror(MirrorThread):
             pipe.hgetall(EPOCH_KEY)
             pipe.hgetall(META_KEY)
             pipe.xrevrange(LOG_KEY, count=1)
-            beat, epoch, meta, last = pipe.execute()
+            pipe.xlen(LOG_KEY)
+            beat, epoch, meta, last, length = pipe.execute()
         if not meta or not epoch or not last:
             raise self._absent()
-        return LogState(Epoch.decode(epoch), Meta.decode(meta), self._read_beat(beat), _stream_id(last[0][0]))
-
-    def _read_beat(self, fields: Mapping[bytes, bytes]) -> Beat | None:
-        """The beat, or None: without one the mirror ages, but goes on reading."""
-        try:
-            return Beat.decode(fields) if fields else None
-        except FormatError as error:
-            self.counters["beats_skipped"] += 1
-            _log.error("mirror skipped a beat that it cannot read: %s", error.code)
-            return None
+        return LogState(Epoch.decode(epoch), Meta.decode(meta), self._beat_of(beat), _stream_id(last[0][0]), length)
 
 
 def _only_stream(reply: Any) -> list[Raw]:

@@ -42,13 +42,16 @@ class Hit(NamedTuple):
 
 
 class Snapshot:
-    """Every revocation known at one moment; immutable, compared by identity."""
+    """Every revocation known at one moment; immutable, compared by identity.
+
+    ``entries`` counts the things that are revoked: two entries on one subject are one.
+    """
 
     __slots__ = ("entries", "tiers")
 
-    def __init__(self, tiers: tuple[_Tier, ...] = ()) -> None:
+    def __init__(self, tiers: tuple[_Tier, ...] = (), entries: int = 0) -> None:
         self.tiers = tiers
-        self.entries = sum(len(tier) for tier in tiers)
+        self.entries = entries
 
     def marks_of(self, key: _Key) -> Iterable[Mark]:
         """Every mark under one (kind, issuer, value)."""
@@ -145,15 +148,17 @@ class Mirror:
                 continue
             key = (entry.kind, entry.issuer, entry.value)
             marks = (Mark(entry.id, entry.before, entry.expires_at),)
-            held = fresh.get(key)
-            fresh[key] = marks if held is None else _union(entry.kind, held, marks)
+            same = fresh.get(key)
+            fresh[key] = marks if same is None else _union(entry.kind, same, marks)
         fresh = {key: marks for key, marks in fresh.items() if not self._holds(key, marks)}
         if not fresh:
             return False
-        tiers: list[_Tier] = [fresh, *self.snapshot.tiers]
+        held = self.snapshot.tiers
+        count = self.snapshot.entries + sum(not any(key in tier for tier in held) for key in fresh)
+        tiers: list[_Tier] = [fresh, *held]
         while len(tiers) > 1 and len(tiers[1]) < TIER_RATIO * len(tiers[0]):
             tiers[:2] = [_merge(tiers[1], tiers[0])]
-        self.snapshot = Snapshot(tuple(tiers))
+        self.snapshot = Snapshot(tuple(tiers), count)
         return True
 
     def _holds(self, key: _Key, marks: tuple[Mark, ...]) -> bool:
@@ -179,5 +184,5 @@ class Mirror:
         }
         if sum(map(len, live.values())) == count:
             return False
-        self.snapshot = Snapshot((live,) if live else ())
+        self.snapshot = Snapshot((live,) if live else (), len(live))
         return True

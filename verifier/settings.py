@@ -13,7 +13,7 @@ from .decision import PUBLIC_KEY_ALGORITHMS, Rules
 from .errors import ConfigurationError
 from .jwk import HmacKey, JwksError, KeySet
 
-__all__ = ["build_rules", "check_jwks_urls", "environment_settings", "local_keys", "seconds"]
+__all__ = ["build_rules", "check_http_urls", "check_jwks_urls", "environment_settings", "local_keys", "seconds"]
 
 Secret = str | bytes | tuple[str, str | bytes]
 """An HS256 secret, or a pair of its ``kid`` and it."""
@@ -121,17 +121,29 @@ def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tu
     """Check the list of sources; raises :class:`ConfigurationError`."""
     if isinstance(urls, str):
         raise invalid("jwks_urls", "expected a list of URLs, the own region's first")
-    for url in urls or ():
+    return check_http_urls("jwks_urls", urls or (), allow_insecure_http)
+
+
+_OVER_HTTP: Final = {
+    "jwks_urls": "keys over plain http:// can be replaced on the way",
+    "feed_url": "revocations over plain http:// can be held back on the way, and the token read",
+    "feed_token_url": "a client secret over plain http:// can be read on the way",
+}
+
+
+def check_http_urls(setting: str, urls: Sequence[str], allow_insecure_http: bool) -> tuple[str, ...]:
+    """Check URLs of a setting; raises :class:`ConfigurationError`."""
+    for url in urls:
         try:
             parts, _ = urlsplit(url), urlsplit(url).port
         except ValueError:
-            raise invalid("jwks_urls", "one is not a URL") from None
+            raise invalid(setting, "one is not a URL") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise invalid("jwks_urls", "expected https:// URLs without credentials")
+            raise invalid(setting, "expected https:// URLs without credentials")
         if parts.scheme == "http" and not allow_insecure_http and not _is_loopback(parts.hostname):
-            message = "jwks_urls: keys over plain http:// can be replaced on the way; use https://, or say "
-            raise ConfigurationError("insecure_url", message + "allow_insecure_http=True", setting="jwks_urls")
-    return tuple(urls or ())
+            message = f"{setting}: {_OVER_HTTP[setting]}; use https://, or say allow_insecure_http=True"
+            raise ConfigurationError("insecure_url", message, setting=setting)
+    return tuple(urls)
 
 
 def local_keys(document: Mapping[str, Any] | bytes | None) -> KeySet | None:
@@ -162,6 +174,11 @@ _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "redis_url": _list,
     "redis_username": str,
     "redis_password": str,
+    "feed_url": _list,
+    "feed_token": str,
+    "feed_client_id": str,
+    "feed_client_secret": str,
+    "feed_token_url": str,
     "region": str,
     "on_stale": str,
     "on_unsynced": str,
@@ -180,7 +197,9 @@ _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "drop_grace_s": float,
     "hs256_until": float,
 }
-_NULLABLE: Final = ("issuer", "audience", "jwks_urls", "redis_url", "token_cache_ttl_s", "hs256_until", "region")
+_NULLABLE: Final = (
+    "issuer", "audience", "jwks_urls", "redis_url", "feed_url", "token_cache_ttl_s", "hs256_until", "region"
+)  # fmt: skip
 _HOST_PORT: Final = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?\Z")
 _REQUIRED: Final = ("issuer", "audience", "jwks_urls", "redis_url")
 
@@ -188,25 +207,29 @@ _REQUIRED: Final = ("issuer", "audience", "jwks_urls", "redis_url")
 def environment_settings(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Constructor arguments from ``JWT_SECRET``, ``REDIS_*`` and ``VERIFIER_<PARAMETER>``.
 
-    The word ``none`` skips a setting that must be named. Raises :class:`ConfigurationError` naming the variable, also
-    for a ``VERIFIER_`` variable that is none of ours: a misspelt setting is not a default.
+    With ``VERIFIER_FEED_URL`` the ``REDIS_*`` are taken for the service's own and left alone. The word ``none`` skips a
+    setting that must be named. Raises :class:`ConfigurationError` naming the variable, also for a ``VERIFIER_``
+    variable that is none of ours: a misspelt setting is not a default.
     """
     env = os.environ if environ is None else environ
     found: dict[str, Any] = {}
     if env.get("JWT_SECRET"):
         found["hs256_secrets"] = [env["JWT_SECRET"]]
-    if env.get("REDIS_ADDR"):
+    feed = env.get("VERIFIER_FEED_URL", "none").lower() != "none"
+    if env.get("REDIS_ADDR") and not feed:
         if not _HOST_PORT.match(env["REDIS_ADDR"]):
             raise invalid("redis_url", "REDIS_ADDR is host:port; for a URL set VERIFIER_REDIS_URL")
         found["redis_url"] = [f"redis://{env['REDIS_ADDR']}"]
     for variable, setting in (("REDIS_USERNAME", "redis_username"), ("REDIS_PASSWORD", "redis_password")):
-        if env.get(variable):
+        if env.get(variable) and not feed:
             found[setting] = env[variable]
+    if feed:
+        found["redis_url"] = None
     for variable in sorted(name for name in env if name.startswith("VERIFIER_")):
         found[variable.removeprefix("VERIFIER_").lower()] = _read_variable(variable, env[variable])
     for setting in _REQUIRED:
         if setting not in found:
-            also = " or REDIS_ADDR" if setting == "redis_url" else ""
+            also = ", REDIS_ADDR or VERIFIER_FEED_URL" if setting == "redis_url" else ""
             message = f"set VERIFIER_{setting.upper()}{also} (or the word none to do without)"
             raise ConfigurationError("setting_missing", message, setting=setting)
     return found

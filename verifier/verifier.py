@@ -23,7 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Final, Literal, Protocol, Self
 
 import msgspec
 
@@ -38,7 +38,6 @@ from .keys import KeysView
 from .limits import UNKNOWN_KID_WAIT_S
 from .log import FormatError, Position
 from .mirroring import View
-from .replica import ReplicaMirror
 from .revocations import Snapshot
 from .settings import (
     Secret,
@@ -50,6 +49,7 @@ from .settings import (
     local_keys,
     seconds,
 )
+from .sources import FeedToken, RevocationSource, mirror_maker
 
 __all__ = ["Clock", "RevocationSource", "Status", "Verifier"]
 
@@ -66,32 +66,6 @@ class Clock(Protocol):
 
     def monotonic(self) -> float:
         """Monotonic seconds."""
-
-
-@runtime_checkable
-class RevocationSource(Protocol):
-    """What the verifier needs of a mirror: :class:`~verifier.replica.ReplicaMirror` or a stand-in for tests."""
-
-    counters: Counter[str]
-
-    @property
-    def view(self) -> View:
-        """Everything known, in one immutable object."""
-
-    def start(self) -> None:
-        """Begin reading; does nothing if it has begun."""
-
-    def close(self) -> None:
-        """Stop reading."""
-
-    def wait_synced(self, timeout_s: float) -> bool:
-        """Wait for the first complete read; False if not in time."""
-
-    def wait_position(self, reached: Callable[[View], bool], timeout_s: float) -> bool:
-        """Wait until ``reached(view)``; False if not in time."""
-
-    def subscribe(self, on_change: Callable[[View], None]) -> None:
-        """Call ``on_change(view)`` after each new view is in place."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,6 +130,11 @@ class Verifier:
     tried in order) must be named; ``None`` said aloud skips one. ``jwks`` is a document to start from, or to use alone.
     Times are in seconds. Raises :class:`ConfigurationError`.
 
+    A service without Redis says ``redis_url=None`` and gives ``feed_url``, its region's key service's
+    ``/revocations/feed`` (a list is tried in order), with ``feed_client_id`` and ``feed_client_secret`` of a client
+    that may have scope ``keyservice:revocations:read`` (``feed_token_url``: by default ``/oauth2/token`` of the same
+    host), or with ``feed_token``, a token or a function that gives one.
+
         with Verifier(issuer="https://id.example", audience="orders", jwks_urls=[…], redis_url="redis://…") as verifier:
             claims = verifier.verify(token)
     """
@@ -179,6 +158,11 @@ class Verifier:
         algorithms: Sequence[str] = ("RS256",),
         redis_username: str | None = None,
         redis_password: str | None = None,
+        feed_url: str | Sequence[str] | None = None,
+        feed_token: FeedToken | None = None,
+        feed_client_id: str | None = None,
+        feed_client_secret: str | None = None,
+        feed_token_url: str | None = None,
         source_address: str | None = None,
         require_iat: bool = True,
         allow_insecure_http: bool = False,
@@ -230,10 +214,18 @@ class Verifier:
             if urls
             else None
         )
-        self._make_mirror = _mirror_maker(
+        self._make_mirror = mirror_maker(
             redis_url,
-            username=redis_username,
-            password=redis_password,
+            feed_url,
+            redis={"username": redis_username, "password": redis_password},
+            feed={
+                "token": feed_token,
+                "client_id": feed_client_id,
+                "client_secret": feed_client_secret,
+                "token_url": feed_token_url,
+            },
+            allow_insecure_http=allow_insecure_http,
+            audience=None if issuer is None else f"{issuer.rstrip('/')}/admin",
             source_address=source_address,
             max_skew_s=max_skew_s,
             drop_grace_s=drop_grace_s,
@@ -462,12 +454,16 @@ class Verifier:
             raise
 
     def _still_has(self, verified: Verified, world: _World) -> bool:
-        """Step 3 again: the very key that verified is in the set (HS256 secrets do not change)."""
+        """Step 3 again: it gives the very key that verified (HS256 secrets do not change)."""
         key: PublicKey | HmacKey = verified.key
         if isinstance(key, HmacKey):
             return True
         keys = world.keys.keys
-        return keys is not None and (key.kid is not None) and keys.get(key.kid) == key
+        if keys is None:
+            return False
+        if not verified.named:
+            return keys.only_fit(verified.alg) == key
+        return key.kid is not None and keys.get(key.kid) == key
 
     def _decide_again(self, token: str, max_staleness_s: float | None, iat: float) -> Claims:
         """After a fetch: the kid is known, or unknown to a set that would have to know it, or undecidable."""
@@ -581,19 +577,6 @@ def _restart_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
     os.register_at_fork(after_in_child=_restart_after_fork)
-
-
-def _mirror_maker(
-    redis_url: str | Sequence[str] | RevocationSource | None, **settings: Any
-) -> Callable[[], RevocationSource | None]:
-    if redis_url is None:
-        return lambda: None
-    if isinstance(redis_url, RevocationSource):
-        source = redis_url
-        return lambda: source
-    urls = redis_url
-    ReplicaMirror(urls, **settings)  # checks the settings now rather than after a fork
-    return lambda: ReplicaMirror(urls, **settings)
 
 
 def _parse_position(text: str) -> Position:

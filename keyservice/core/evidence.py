@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from verifier.log import Beat, Epoch, EpochLink, Position, parse_stream_id
+from verifier.log import Beat, Epoch, EpochLink, Hole, Position, parse_stream_id
 
 __all__ = ["EpochKey", "LogHead", "Protocol", "Report", "Voters", "key_of", "majority", "opened", "renewed"]
 
@@ -35,7 +35,7 @@ def key_of(epoch: Epoch | EpochLink) -> EpochKey:
 class LogHead(NamedTuple):
     """Where a log that was read to its end stands. ``holed``: this epoch's log lacks an entry that it must have had.
 
-    ``trimmed_to`` is the stream id up to which it was trimmed on purpose.
+    ``trimmed_to`` is the stream id up to which it was trimmed on purpose, ``gaps`` are all the holes in it.
     """
 
     epoch: Epoch
@@ -43,6 +43,7 @@ class LogHead(NamedTuple):
     position: Position
     holed: bool = False
     trimmed_to: tuple[int, int] | None = None
+    gaps: frozenset[Hole] = frozenset()
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,8 @@ A keeper's life in one epoch, from what its own replica shows:
     an epoch it has not merged into        appends what it holds and the log lacks (``Add``); when nothing is lacking,
                                            *promises* the epoch, on disk, and from then on reports it as merged
     the epoch it has merged into           stores, and reports how far it holds the log and which beat it has seen
-    an epoch whose log has a hole          opens a new epoch, which all merge into, so that nothing stays lost
+    an epoch whose log has a hole          opens a new epoch that names it, which all merge into: nothing stays lost,
+                                           and verifiers that start later know that it was answered
 
 Before it merges it also makes sure of the voters: where it knows a newer epoch than the one before this, that this
 history lacks and that had other voters, a log that lags behind has brought old voters back; it opens a new epoch with
@@ -54,7 +55,7 @@ from typing import Protocol
 import msgspec
 
 from keyservice.limits import APPEND_ENTRIES_MAX
-from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Position
+from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Hole, Position
 
 from .evidence import EpochKey, LogHead, Report, Voters, key_of
 from .trimming import kept_links
@@ -150,11 +151,15 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Bump:
-    """Open a new epoch above this number, after the one that was seen (None: on a server without a log)."""
+    """Open a new epoch above this number, after the one that was seen (None: on a server without a log).
+
+    ``holes`` are those that were found in the log; the new epoch answers them.
+    """
 
     above: int
     seen: EpochKey | None
     voters: Voters
+    holes: frozenset[Hole] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +259,7 @@ class Keeper:
         if self.is_outvoted(head) or self.has_newer_voters(head):
             return self.bump_above(seen)
         if head.holed:
-            return Bump(self.bump_above(seen).above, seen, head.epoch.chain[-1].voters)
+            return Bump(self.bump_above(seen).above, seen, head.epoch.chain[-1].voters, head.gaps)
         add = self.lacking(head, mono)
         if self._merged != seen or add.entries:
             return add

@@ -2,7 +2,8 @@
 -- ARGV: number and nonce of the epoch that the caller saw ("" if none), the new nonce, a number to be above (a promise),
 -- entry id, region, voters (JSON; "" keeps those of the epoch before), forgotten keeper ids (JSON list; "" for none), "1"
 -- if the caller may do it only where some of the log is missing, and what meta is made of if that is missing:
--- incarnation ("" if the caller may not make it), format, min_reader_format, max_token_lifetime_s.
+-- incarnation ("" if the caller may not make it), format, min_reader_format, max_token_lifetime_s; and the holes that the
+-- caller found in the log (JSON list of pairs; "" keeps those that an epoch before has named).
 -- Returns {"bumped", number}, {"lost"} if things are not as the caller saw them, or {"waiting"} if there is no meta.
 local replid, refusal = master_replid()
 if not replid then
@@ -56,4 +57,7 @@ redis.call('XADD', KEYS[3], following .. '-0', 'v', '1', 'id', ARGV[5], 'kind', 
   'region', ARGV[6])
 redis.call('HSET', KEYS[2], 'number', following, 'nonce', ARGV[3], 'replid', replid, 'open', '0', 'keys_n', '0',
   'voters', voters, 'chain', encode_links(chain))
+if ARGV[14] ~= '' then
+  redis.call('HSET', KEYS[2], 'holes', ARGV[14])
+end
 return {'bumped', following}

@@ -10,7 +10,7 @@ from keyservice.core.keepers import Add, Keeper, MemoryDisk, Step
 from regions.model.server import Server
 from regions.model.world import KeeperTail, Region, SimVerifier, World
 from verifier.freshness import Freshness
-from verifier.log import Beat, Entry, Epoch, EpochLink, Position
+from verifier.log import Beat, Entry, Epoch, EpochLink, Meta, Position
 
 __all__ = ["HEALTHY", "KEPT_SEEDS", "MUTANTS", "Mutant", "by_name"]
 
@@ -57,6 +57,19 @@ class AnyBeatCounts(Freshness):
 
 class CountsAnyBeat(SimVerifier):
     freshness_type = AnyBeatCounts
+
+
+class ClosedBeatCounts(Freshness):
+    """Takes what a closed epoch confirms."""
+
+    __slots__ = ()
+
+    def heard(self, beat: Beat, epoch: Epoch, meta: Meta, *, now: float, mono: float) -> Freshness:
+        return Freshness.heard(self, beat, replace(epoch, open=True), meta, now=now, mono=mono)
+
+
+class CountsClosedBeats(SimVerifier):
+    freshness_type = ClosedBeatCounts
 
 
 class NumberIsIdentity(SimVerifier):
@@ -215,7 +228,14 @@ MUTANTS = (
     Mutant("restored-under-old-id", "a restored keeper is a new one", lose=keep_id),
     Mutant("held-without-inherited", "held means from the first entry", keeper=SkipsInherited),
     Mutant("one-entry-an-id", "a union keeps two entries under one id", disk=OneEntryAnId),
-    Mutant("closed-beats-confirmed", "no beat of a closed epoch counts", FOOLED, CountsClosed, keeper=ConfirmsClosed),
+    Mutant(
+        "closed-beats-confirmed",
+        "no beat of a closed epoch counts",
+        FOOLED,
+        CountsClosed,
+        keeper=ConfirmsClosed,
+        verifier=CountsClosedBeats,
+    ),
     Mutant("promise-broken", "a keeper reports nothing older than its promise", keeper=BreaksPromises),
 )
 """Each must be found by its kept seed."""

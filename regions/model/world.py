@@ -13,8 +13,8 @@ from keyservice.core.evidence import EpochKey, LogHead, Protocol, key_of
 from keyservice.core.keepers import Add, Bump, Keeper, MemoryDisk, Register, Send, Step
 from regions.model.server import Data, Refused, Server, StoredEntry
 from verifier.freshness import Freshness
-from verifier.log import Entry, Epoch, FormatError, Position
-from verifier.reader import Gap, Reader, Reread
+from verifier.log import Entry, Epoch, FormatError, Hole, Position
+from verifier.reader import Reader, Reread
 from verifier.revocations import Mirror
 
 __all__ = ["ISSUER", "Acknowledged", "Region", "SimVerifier", "World"]
@@ -35,7 +35,8 @@ class Tail:
 
     def __init__(self) -> None:
         self.reader: Reader | None = None
-        self.known_gaps: frozenset[Gap] = frozenset()
+        self.known_gaps: frozenset[Hole] = frozenset()
+        self.held: Position | None = None
 
     def round(self, data: Data, now_ms: int) -> None:
         """One round of reading; whatever contradicts what was read makes it read again, and it keeps what it has."""
@@ -48,8 +49,10 @@ class Tail:
                 self._round(data, now_ms, tolerant)
                 break
             except Reread as reread:
-                if self.reader is not None and reread.reason == "next_epoch":
-                    self.known_gaps = frozenset(self.reader.gaps)
+                if self.reader is not None:
+                    next_epoch = reread.reason == "next_epoch"
+                    self.known_gaps = self.reader.known_after() if next_epoch else self.reader.known
+                    self.held = self.reader.held_after()
                 self.reader = None
                 tolerant = reread.reason in ("hole", "fork")
             except FormatError:
@@ -58,15 +61,18 @@ class Tail:
     def _round(self, data: Data, now_ms: int, tolerant: bool) -> None:
         assert data.meta is not None
         assert data.epoch is not None
-        reader = self.reader or Reader(data.meta, data.epoch, tolerant, self.known_gaps)
+        reader = self.reader or Reader(data.meta, data.epoch, tolerant, self.known_gaps, self.held)
         since = reader.position
+        last = data.log[-1][0][:2]
         if since is None:
             self.begin()
-        reader.check(data.meta, data.epoch, data.log[-1][0][:2]) if since is not None else None
+        else:
+            reader.check(data.meta, data.epoch, last, len(data.log))
         unread = data.log if since is None else [item for item in data.log if item[0][:2] > since[:2]]
         accepted = reader.accept(_raw(position, entry) for position, entry in unread)
         reader.tolerant = False
         self.reader = reader
+        reader.check(data.meta, data.epoch, last, len(data.log))
         stored = {position[:2]: entry for position, entry in unread}  # the very objects, which know their digests
         self.take([(position, stored[position[:2]]) for position, _ in accepted], data, reader, now_ms)
 
@@ -136,7 +142,7 @@ class KeeperTail(Tail):
         assert data.epoch is not None
         assert reader.position is not None
         self.keeper.read(accepted, (*data.epoch.chain, *data.epoch.known))
-        self.head = LogHead(data.epoch, data.beat, reader.position, reader.holed_nonce == data.epoch.nonce)
+        self.head = LogHead(data.epoch, data.beat, reader.position, bool(reader.open_gaps))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,23 @@ class KeyService:
     url: str
     admin_url: str
     redis_url: str
+    environment: dict[str, str] = field(repr=False)
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Started and ready."""
+        self.process = subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=self.environment)
+        until(_answers(f"{self.url}/readyz"), 60)
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        if self.process is not None:
+            self.process.send_signal(how)
+            self.process.wait(20)
+            self.process = None
+
+    @property
+    def feed_url(self) -> str:
+        return f"{self.url}/revocations/feed"
 
     @property
     def jwks_url(self) -> str:
@@ -69,6 +87,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "KEYSERVICE_REDIS_URL": server.url,
         "KEYSERVICE_KEK": KEK,
         "KEYSERVICE_CLIENTS_FILE": str(clients_file),
+        "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
@@ -80,14 +99,13 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "JWT_SECRET": HS256_SECRET,
     }
     public, admin = (f"http://127.0.0.1:{port}" for port in ports)
-    made = KeyService(public, admin, server.url)
-    with subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=environment) as child:
-        try:
-            until(_answers(f"{made.url}/readyz"), 20)
-            until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 20)
-            yield made
-        finally:
-            child.terminate()
+    made = KeyService(public, admin, server.url, environment)
+    try:
+        made.start()
+        until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 60)
+        yield made
+    finally:
+        made.kill(signal.SIGTERM)
 
 
 def _answers(url: str) -> Callable[[], bool]:

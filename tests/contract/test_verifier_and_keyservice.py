@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.contract.conftest import KeyService
-from tests.keyservice.support import HS256_SECRET, ISSUER, until
+from tests.keyservice.support import HS256_SECRET, ISSUER, Server, until
 from verifier import InvalidToken, RevokedToken, Verifier
+from verifier.log import LOG_KEY
 
 
 @pytest.fixture
@@ -74,3 +75,25 @@ def test_a_rotation_and_then_the_retired_key_is_revoked(keyservice: KeyService, 
 
     until(is_refused, 5)
     verifier.verify(new)
+
+
+def test_an_entry_deleted_behind_everybody_comes_back_and_whoever_starts_later_is_fresh_with_it(
+    keyservice: KeyService, verifier: Verifier, server: Server
+) -> None:
+    token, other = keyservice.token(), keyservice.token()
+    until(lambda: verifier.status().fresh, 15)
+    receipt = keyservice.admin("POST", "/admin/revocations", {"token": token})
+    keyservice.admin("POST", "/admin/revocations", {"token": other})
+    until(lambda: refused(verifier, other), 5)
+    epoch = verifier.status().epoch
+    with server.client() as client:
+        assert client.xdel(LOG_KEY, receipt["position"].partition(".")[0]) == 1
+    until(lambda: verifier.status().epoch != epoch and verifier.status().fresh, 15)
+    assert refused(verifier, token)
+    answered = verifier.status().epoch
+    later = Verifier(issuer=ISSUER, audience="orders", jwks_urls=[keyservice.jwks_url], redis_url=keyservice.redis_url)
+    with later:
+        assert later.wait_ready(10)
+        until(lambda: later.status().fresh, 15)
+        assert refused(later, token)
+        assert later.status().epoch == answered  # one new epoch was enough

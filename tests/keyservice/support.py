@@ -53,6 +53,12 @@ scopes = ["keyservice:sessions:write"]
 audiences = ["{ISSUER}/admin"]
 
 [[clients]]
+client_id = "mirrors"
+secret_hash = "{SECRET_HASH}"
+scopes = ["keyservice:revocations:read"]
+audiences = ["{ISSUER}/admin"]
+
+[[clients]]
 client_id = "web"
 secret_hash = "{SECRET_HASH}"
 scopes = ["orders:read", "profile"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
@@ -67,8 +67,10 @@ class Log(Primary):
         super().__init__(client)
         self.accept()
 
-    def open_epoch(self, number: int, nonce: str, *, opened: bool = True) -> None:
-        super().open_epoch(number, nonce, opened=opened)
+    def open_epoch(
+        self, number: int, nonce: str, *, opened: bool = True, holes: Sequence[tuple[str | None, str]] = ()
+    ) -> None:
+        super().open_epoch(number, nonce, opened=opened, holes=holes)
         self.accept()
 
     def accept(self) -> None:

@@ -146,6 +146,25 @@ def test_in_a_closed_epoch_the_last_confirmed_beat_of_the_one_before_goes_on_age
         assert judge(state, after=step) == (step, True, None if step <= 5 else "stale")
 
 
+def test_nothing_is_confirmed_in_a_closed_epoch() -> None:
+    beat = beat_of(2, 9, confirmed=(1, 9, NOW))
+    closed = hear(SYNCED, beat, epoch=epoch_of(opened=False)).reached(AT)
+    assert judge(closed) == (0.0, False, "epoch_closed")
+    assert judge(hear(closed, beat).reached(AT)) == (0.0, True, None)
+
+
+def test_a_beat_that_confirms_one_from_the_future_is_not_counted() -> None:
+    state = hear(SYNCED, beat_of(2, 9, at_s=NOW, confirmed=(1, 9, NOW + SKEW + 1))).reached(AT)
+    assert judge(state) == (None, False, "clock_skew")
+
+
+def test_what_keeps_a_mirror_from_becoming_fresh_again_is_named_once_it_is_stale() -> None:
+    ahead = hear(confirmed_state(), beat_of(9, 9, at_s=NOW + 60, confirmed=(8, 9, NOW + 60)))
+    assert [judge(ahead, after=after).reason for after in (5, 6)] == [None, "clock_skew"]
+    holed = replace(confirmed_state(), holed_nonce=NONCE)
+    assert [judge(holed, after=after).reason for after in (5, 6)] == [None, "hole"]
+
+
 def test_the_first_beat_of_a_new_epoch_counts_although_its_number_is_lower() -> None:
     beat = beat_of(1, 3, at_s=NOW + 4, confirmed=(0, 3, NOW + 4), nonce=NONCE_2, number=8)
     state = hear(confirmed_state(), beat, epoch=epoch_of(NONCE_2, 8), now=NOW + 4, mono=MONO + 4)

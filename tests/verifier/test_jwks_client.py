@@ -138,6 +138,22 @@ def test_a_removed_key_stops_working_although_the_token_is_cached(
         assert code_of(verifier, token) == "kid_unknown"
 
 
+def test_a_cached_token_without_kid_is_refused_once_a_second_key_fits(
+    key: SigningKey, other_key: SigningKey, serve: Callable[..., JwksServer]
+) -> None:
+    server = serve(key)
+    now = int(time.time())
+    claims = json.dumps(members(iat=now - 600, exp=now + 900)).encode()
+    token = sign_segments(key, b64url(b'{"alg":"RS256"}'), b64url(claims))
+    with verifier_of(server.url) as verifier:
+        assert verifier.wait_ready(10)
+        assert verifier.verify(token)
+        assert verifier.verify(token)
+        server.serve_keys(key, other_key)
+        assert verifier.verify(live_token(other_key))
+        assert code_of(verifier, token) == "kid_invalid"
+
+
 def test_a_key_that_was_exchanged_under_its_kid_stops_working_although_the_token_is_cached(
     key: SigningKey, other_key: SigningKey, serve: Callable[..., JwksServer]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -235,20 +236,121 @@ def test_the_next_epoch_after_a_hole_is_read_from_the_start() -> None:
     assert check(at(holed_nonce=NONCE), epoch=TWO) == "next_epoch"
 
 
-def test_a_gap_recorded_in_an_earlier_epoch_does_not_stain_the_next_one() -> None:
-    log = [START, *run(1, [1, 3, 4])]
+HOLED = [START, *run(1, [1, 3, 4])]
+THE_GAP = (Position(1, 1, NONCE), Position(1, 3, NONCE))
+NEXT = [*HOLED, opening("2-0", NONCE_2, f"1-4.{NONCE}"), *run(2, [1])]
+
+
+def test_a_gap_met_in_an_earlier_epoch_does_not_stain_the_next_one() -> None:
     first = reader(tolerant=True)
-    first.accept(log)
-    again = reader(epoch=TWO, known=frozenset(first.gaps))
-    again.accept([*log, opening("2-0", NONCE_2, f"1-4.{NONCE}"), *run(2, [1])])
+    first.accept(HOLED)
+    assert check(first, last=(1, 4)) is None  # after the gap, the log is still in this epoch
+    again = reader(epoch=TWO, known=first.known_after())
+    again.accept(NEXT)
     assert (again.position, again.holed_nonce) == (Position(2, 1, NONCE_2), None)
+
+
+def test_a_gap_that_may_be_younger_than_the_next_epoch_stains_that_too() -> None:
+    first = reader(tolerant=True)
+    first.accept(HOLED)
+    assert check(first, epoch=TWO, last=(2, 1)) == "next_epoch"  # it may have been opened before the gap was made
+    assert first.known_after() == frozenset()
+    assert reason_of(reader(epoch=TWO, known=first.known_after()), NEXT) == "hole"
+
+
+def test_a_gap_that_does_not_stain_is_open_until_an_epoch_that_began_later_or_names_it() -> None:
+    for later in (TWO, replace(epoch_of((1, NONCE), (2, NONCE_2), (3, "3" * 16)), number=3, nonce="3" * 16)):
+        read = reader(held=Position(1, 4, NONCE))
+        read.accept(HOLED)
+        assert (read.holed_nonce, read.open_gaps) == (None, {THE_GAP})
+        read.check(META, ONE if later is TWO else TWO, (2, 1))
+        assert read.open_gaps == {THE_GAP}  # that epoch may have begun before the gap was made
+        read.check(META, later, (2, 1))
+        assert (read.open_gaps, read.known) == (set(), frozenset({THE_GAP}))
+    read = reader(held=Position(1, 4, NONCE))
+    read.accept(HOLED)
+    read.check(META, replace(TWO, holes=frozenset({THE_GAP})), (2, 1))
+    assert read.open_gaps == set()
+
+
+@pytest.mark.parametrize("nonce", [NONCE, NONCE_2])
+def test_a_gap_of_another_history_is_not_known(nonce: str) -> None:
+    known = frozenset({(THE_GAP[0]._replace(nonce=nonce), THE_GAP[1])})
+    read = reader(known=known)
+    if nonce == NONCE:
+        read.accept(HOLED)
+        assert read.holed_nonce is None
+    else:
+        assert reason_of(read, HOLED) == "hole"
+
+
+@pytest.mark.parametrize(("held", "stained"), [((1, 3), False), ((1, 4), False), ((1, 2), True), ((0, 9), True)])
+def test_a_gap_before_what_is_held_does_not_stain(held: tuple[int, int], stained: bool) -> None:
+    read = reader(tolerant=True, held=Position(*held, NONCE))
+    read.accept(HOLED)
+    assert (read.holed_nonce is not None) is stained
+    assert read.gaps == {THE_GAP}
+
+
+def test_what_is_held_of_another_history_vouches_for_no_gap() -> None:
+    assert reason_of(reader(held=Position(1, 4, NONCE_2)), HOLED) == "hole"
+
+
+@pytest.mark.parametrize("holes", [{THE_GAP}, {THE_GAP, (None, Position(7, 7, NONCE))}, set()])
+def test_a_gap_that_the_epoch_names_does_not_stain_it(holes: set[Any]) -> None:
+    read = reader(epoch=replace(TWO, holes=frozenset(holes)), tolerant=True)
+    read.accept(NEXT)
+    assert (read.holed_nonce is None) is bool(holes)
+
+
+@pytest.mark.parametrize(("trimmed_to", "reason"), [((1, 1), None), ((1, 2), "trimmed"), ((1, 3), "trimmed")])
+def test_a_stain_is_gone_once_the_log_is_trimmed_past_the_gap(trimmed_to: tuple[int, int], reason: str | None) -> None:
+    read = reader(tolerant=True)
+    read.accept(HOLED)
+    assert check(read, meta=Meta("i", trimmed_to, 1, 1, 86_400), last=(1, 4)) == reason
+
+
+@pytest.mark.parametrize(
+    ("length", "trimmed_to", "reason"),
+    [
+        (5, None, None),
+        (4, None, "deleted"),
+        (3, (1, 1), None),
+        (2, (1, 1), "deleted"),
+        (2, (1, 2), None),
+        (6, None, None),
+    ],
+)
+def test_a_log_that_is_shorter_than_what_was_read_of_it_has_lost_some(
+    length: int, trimmed_to: tuple[int, int] | None, reason: str | None
+) -> None:
+    read = reader()
+    read.accept([START, *run(1, range(1, 5))])
+    meta = Meta("i", trimmed_to, 1, 1, 86_400)
+    if reason is None:
+        read.check(meta, ONE, (1, 4), length)
+    else:
+        with pytest.raises(Reread, match=reason):
+            read.check(meta, ONE, (1, 4), length)
+
+
+def test_a_log_that_goes_on_past_the_position_is_counted_later() -> None:
+    read = reader()
+    read.accept([START, *run(1, range(1, 5))])
+    read.check(META, ONE, (1, 5), 3)
+
+
+def test_epochs_and_gaps_are_counted_too() -> None:
+    read = reader(epoch=TWO, tolerant=True)
+    read.accept(NEXT)
+    read.check(META, TWO, (2, 1), 6)
+    with pytest.raises(Reread, match="deleted"):
+        read.check(META, TWO, (2, 1), 5)
 
 
 @pytest.mark.parametrize("seqs", [[1, 4], [3, 4], [1, 3, 5]])
 def test_a_gap_that_has_grown_or_is_another_one_is_not_known(seqs: list[int]) -> None:
-    first = reader(tolerant=True)
-    first.accept([START, *run(1, [1, 3, 4])])
-    assert reason_of(reader(known=frozenset(first.gaps)), [START, *run(1, seqs)]) == "hole"
+    assert reason_of(reader(known=frozenset({THE_GAP})), [START, *run(1, seqs)]) == "hole"
 
 
 def test_nothing_is_passed_over_before_an_id_that_cannot_be_read() -> None:

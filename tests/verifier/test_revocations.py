@@ -183,3 +183,13 @@ def test_entries_of_any_iterable_are_taken() -> None:
 
     assert mirror.apply(iter(one_by_one()))
     assert find(mirror.snapshot, jti="a")
+
+
+def test_a_thing_that_is_revoked_twice_is_counted_once() -> None:
+    mirror = Mirror()
+    for number in range(50):
+        mirror.apply([entry("jti", f"t-{number % 10}", id=f"e-{number}", expires_at=NOW + number)])
+        mirror.apply([entry("sub", "ada", id=f"s-{number}", before=NOW + number)])
+        assert mirror.snapshot.entries == min(number + 1, 10) + 1
+    mirror.drop_expired(NOW + 1_000, NOW + 1_000, 950)
+    assert mirror.snapshot.entries == 1

@@ -232,3 +232,60 @@ def test_flags_are_words(text: str, value: bool) -> None:
 def test_none_said_aloud_skips_a_setting_in_the_environment() -> None:
     found = environment_settings({**ENV, "VERIFIER_ISSUER": "None", "VERIFIER_AUDIENCE": "NONE"})
     assert [found[name] for name in ("issuer", "audience", "jwks_urls", "redis_url")] == [None] * 4
+
+
+# -- the feed --------------------------------------------------------------------------------------------------------
+
+FEED = {"redis_url": None, "feed_url": "https://id.test/revocations/feed"}
+CLIENT = {"feed_client_id": "orders", "feed_client_secret": "s3cret-of-orders"}
+
+
+@pytest.mark.parametrize("credentials", [CLIENT, {"feed_token": "t"}, {"feed_token": lambda: "t"}])
+@pytest.mark.parametrize("url", ["https://id.test/feed", ["https://a.test/", "https://b.test/"], "http://127.0.0.1:1/"])
+def test_a_feed_takes_the_place_of_redis(key: SigningKey, credentials: dict[str, Any], url: Any) -> None:
+    verifier = make_verifier(key, redis_url=None, feed_url=url, **credentials)
+    assert (verifier.status().connection, verifier.status().reason) == ("connecting", "never_synced")
+    assert "s3cret-of-orders" not in repr(verifier)
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting"),
+    [
+        ({**FEED, **CLIENT, "redis_url": "redis://cache"}, "feed_url"),
+        ({"redis_url": "redis://cache", "feed_token": "t"}, "feed_url"),
+        ({"redis_url": None, **CLIENT}, "feed_url"),
+        ({**FEED, **CLIENT, "feed_url": []}, "feed_url"),
+        ({**FEED, **CLIENT, "feed_url": "id.test/feed"}, "feed_url"),
+        ({**FEED, **CLIENT, "feed_url": "https://user:pw@id.test/feed"}, "feed_url"),
+        ({**FEED, **CLIENT, "feed_url": "http://id.test/feed"}, "feed_url"),
+        ({**FEED, **CLIENT, "feed_token_url": "http://id.test/oauth2/token"}, "feed_token_url"),
+        (FEED, "feed_token"),
+        ({**FEED, **CLIENT, "feed_token": "t"}, "feed_token"),
+        ({**FEED, "feed_client_id": "orders"}, "feed_client_secret"),
+        ({**FEED, "feed_client_secret": "s3cret-of-orders"}, "feed_client_secret"),
+        ({**FEED, "feed_token": "t", "feed_token_url": "https://id.test/"}, "feed_token_url"),
+    ],
+)
+def test_settings_of_a_feed_that_do_not_fit_are_named(settings: dict[str, Any], setting: str) -> None:
+    error = misuse(**settings)
+    assert error.setting == setting
+    assert "s3cret-of-orders" not in str(error)
+
+
+def test_a_feed_over_plain_http_off_loopback_is_said_aloud(key: SigningKey) -> None:
+    settings = {**FEED, **CLIENT, "feed_url": "http://id.test/feed"}
+    assert misuse(**settings).code == "insecure_url"
+    verifier = make_verifier(key, **settings, allow_insecure_http=True)
+    assert verifier.status().connection == "connecting"
+
+
+def test_a_feed_from_the_environment_leaves_the_services_own_redis_alone() -> None:
+    env = {name: value for name, value in ENV.items() if name != "VERIFIER_REDIS_URL"}
+    env |= {"REDIS_ADDR": "cache:6379", "REDIS_PASSWORD": "p", "VERIFIER_FEED_URL": "https://a.test/, https://b.test/"}
+    env |= {"VERIFIER_FEED_CLIENT_ID": "orders", "VERIFIER_FEED_CLIENT_SECRET": "s3cret-of-orders"}
+    found = environment_settings(env)
+    assert (found["redis_url"], found["feed_url"]) == (None, ["https://a.test/", "https://b.test/"])
+    assert "redis_password" not in found
+    assert Verifier.from_env({**env, "JWT_SECRET": SECRET}).status().connection == "connecting"
+    with pytest.raises(ConfigurationError):
+        Verifier.from_env({**env, "JWT_SECRET": SECRET, "VERIFIER_REDIS_URL": "redis://cache"})

@@ -90,7 +90,10 @@ class Primary:
         base: dict[Any, Any] = {"writer_format": "1", "min_reader_format": "1", "max_token_lifetime_s": "86400"}
         self.client.hset(META_KEY, mapping=base | fields)
 
-    def open_epoch(self, number: int, nonce: str, *, opened: bool = True) -> None:
+    def open_epoch(
+        self, number: int, nonce: str, *, opened: bool = True, holes: Sequence[tuple[str | None, str]] = ()
+    ) -> None:
+        """``holes`` are gaps that whoever opens it has found in the log."""
         previous = f"{self.number}-{self.seq}.{self.nonce}" if self.chain else None
         self.number, self.nonce, self.seq = number, nonce, -1
         self.chain.append({"number": number, "nonce": nonce, "previous": previous, "voters": {}, "opened": opened})
@@ -99,6 +102,8 @@ class Primary:
             first = entry("epoch", f"{nonce} {previous or '-'}", id=f"epoch-{number}", issuer="", expires_at=0)
             pipe.xadd(LOG_KEY, first.encode(), id=f"{number}-0")  # type: ignore[arg-type]
             fields: dict[Any, Any] = {"number": number, "nonce": nonce, "replid": "r", "open": int(opened), "keys_n": 0}
+            if holes:
+                fields["holes"] = json.dumps(holes)
             pipe.hset(EPOCH_KEY, mapping={**fields, "chain": json.dumps(self.chain)})
             pipe.execute()
 
@@ -131,6 +136,13 @@ class Primary:
         with self.client.pipeline(transaction=True) as pipe:
             pipe.delete(BEAT_KEY)
             pipe.hset(BEAT_KEY, mapping=fields)
+            pipe.execute()
+
+    def trim(self, last: int) -> None:
+        """Up to this seq of the current epoch, on purpose."""
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.xtrim(LOG_KEY, minid=f"{self.number}-{last + 1}", approximate=False)
+            pipe.hset(META_KEY, "trimmed_to", f"{self.number}-{last}")
             pipe.execute()
 
     def remove(self, *seqs: int, number: int | None = None) -> None:
