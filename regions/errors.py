@@ -7,7 +7,8 @@
     ├── SocketPathTooLong    socket_path_too_long  4  no directory is short enough for a unix socket
     ├── ServerNotFound       server_not_found      4  no Valkey or Redis server to start
     ├── ServerStartFailed    server_start_failed   4  a child died, or was not ready in time
-    ├── LinkFailed           link_failed           4  the link proxy refused or did not answer
+    ├── LinkFailed           link_failed           4  the link proxy's configuration is wrong, or it did not answer
+    │   └── LinkRefused      link_refused          4  the link proxy refused what it was asked to do
     ├── ClusterFileError     cluster_file_invalid  4  no running cluster, or its file cannot be read
     ├── ClusterRunning       cluster_running       4  another cluster runs in the same directory
     ├── DirectoryRefused     directory_refused     4  a directory that is not a cluster's, or cannot be one
@@ -39,6 +40,7 @@ __all__ = [
     "FailoverError",
     "FailoverUnknown",
     "LinkFailed",
+    "LinkRefused",
     "NoSentinel",
     "NotAReplica",
     "NotReady",
@@ -109,9 +111,19 @@ class ServerStartFailed(RegionsError):
 
 
 class LinkFailed(RegionsError):
-    """The link proxy's configuration is wrong, or its control socket refused a request."""
+    """The link proxy's configuration is wrong, or its control socket did not answer."""
 
     code = "link_failed"
+
+
+class LinkRefused(LinkFailed):
+    """The link proxy knows no such pair or fault, or cannot do what was asked; `status` is its answer's in HTTP."""
+
+    code = "link_refused"
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ClusterFileError(RegionsError):

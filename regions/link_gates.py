@@ -3,7 +3,10 @@
 * A **closed** address refuses callers, as if nobody listened: a server that returns stays behind one until it follows
   the primary.
 * An **isolated** region has lost its machines: whatever it sent or is sent vanishes, without an end or a reset, and a
-  new connection hangs. When it is back its old connections are reset, because the machine does not know them any more.
+  new connection hangs. When it is back its old connections are reset, because the machine does not know them any more:
+  also those that lost nothing, unlike after a cut (`regions.link_rules`).
+
+Gates belong to deaths and returns, not to the links: no fault of a link, and no healing, changes them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from regions.errors import LinkFailed
+from regions.errors import LinkRefused
 from regions.link_rules import LinkConfig
 
 __all__ = ["Gates", "Passage"]
@@ -27,7 +30,7 @@ class Passage(Enum):
 
 @dataclass(slots=True)
 class Gates:
-    """The gates of one link proxy. Changing one that does not exist raises `LinkFailed`."""
+    """The gates of one link proxy. Changing one that does not exist raises `LinkRefused` (404)."""
 
     config: LinkConfig
     closed: set[tuple[str, int]] = field(default_factory=set)
@@ -36,12 +39,12 @@ class Gates:
     def set_closed(self, region: str, port: int, closed: bool) -> None:
         known = {(listener.region, listener.port) for listener in self.config.listeners}
         if (region, port) not in known:
-            raise LinkFailed(f"nothing listens on port {port} of region {region!r}")
+            raise LinkRefused(f"nothing listens on port {port} of region {region!r}", 404)
         (self.closed.add if closed else self.closed.discard)((region, port))
 
     def set_isolated(self, region: str, isolated: bool) -> None:
         if region not in self.config.regions:
-            raise LinkFailed(f"no region {region!r}; the regions are: {', '.join(self.config.regions)}")
+            raise LinkRefused(f"no region {region!r}; the regions are: {', '.join(self.config.regions)}", 404)
         (self.isolated.add if isolated else self.isolated.discard)(region)
 
     def passage(self, caller: str, target: str, port: int) -> Passage:

@@ -10,6 +10,7 @@ import pytest
 
 from regions.ports import pick_free_ports
 from regions.topology import Topology, parse_topology
+from tests.regions.link_lab import LabFactory
 
 THREE_REGIONS = """
 [[regions]]
@@ -49,3 +50,9 @@ def run_dir() -> Iterator[Path]:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def lab(run_dir: Path, topology_with: Callable[..., Topology]) -> LabFactory:
+    """`async with lab(server, {("b", "a"): 40}) as links`: a link proxy before `server` in region a."""
+    return LabFactory(run_dir, topology_with)

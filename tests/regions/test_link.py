@@ -12,137 +12,21 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
 from regions.errors import ExitCode, LinkFailed
-from regions.link import Proxy, answer
-from regions.link_control import LinkControl, LinkCounters
-from regions.link_gates import Gates
-from regions.link_rules import QUEUE_BYTES_MAX, LinkConfig, Network, link_config
+from regions.link import Proxy
+from regions.link_control import LinkControl
+from regions.link_rules import link_config
 from regions.topology import Topology
+from tests.regions.link_lab import ADDRESS, LabFactory, Recorder, echo, event_loops, send_until_blocked, until, warmed
 
 # Both event loops that the proxy may run under, or the one there is.
-pytestmark = pytest.mark.anyio
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-Lags = dict[tuple[str, str], float]
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-ADDRESS = {"a": "127.0.1.1", "b": "127.0.2.1", "c": "127.0.3.1"}
-
-
-@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
-    if request.param:
-        pytest.importorskip("uvloop")
-    return ("asyncio", {"use_uvloop": request.param})
-
-
-class Lab:
-    """A proxy in this process with a server of region a behind it, and callers from anywhere."""
-
-    def __init__(self, topology: Topology, control: Path) -> None:
-        self.topology = topology
-        self.control = control
-        self.port = topology.ports["redis"]
-        self._open: list[asyncio.StreamWriter] = []
-
-    async def call(self, source: str | None, target: str = "a") -> Stream:
-        local_addr = None if source is None else (source, 0)
-        reader, writer = await asyncio.open_connection(ADDRESS[target], self.port, local_addr=local_addr)
-        self._open.append(writer)
-        return reader, writer
-
-    async def counters(self) -> LinkCounters:
-        return await asyncio.to_thread(LinkControl(self.control).counters)
-
-    async def close(self) -> None:
-        for writer in self._open:
-            writer.close()
-        await asyncio.gather(*(writer.wait_closed() for writer in self._open), return_exceptions=True)
-
-
-class LabFactory:
-    def __init__(self, run_dir: Path, topology_with: Callable[..., Topology]) -> None:
-        self._run_dir = run_dir
-        self._topology_with = topology_with
-
-    @asynccontextmanager
-    async def __call__(
-        self, handler: Handler, lags: Lags | None = None, *, default_ms: float = 0, queue: int = QUEUE_BYTES_MAX
-    ) -> AsyncIterator[Lab]:
-        topology = self._topology_with(lags or {}, default_ms=default_ms)
-        uds, control = self._run_dir / "server.sock", self._run_dir / "control.sock"
-        served: list[asyncio.StreamWriter] = []
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            served.append(writer)
-            try:
-                await handler(reader, writer)
-            except ConnectionError:
-                pass
-            finally:
-                writer.close()
-
-        server = await asyncio.start_unix_server(serve, uds)
-        config = link_config(topology, {("a", "redis"): uds}, control, queue_bytes_max=queue)
-        lab = Lab(topology, control)
-        try:
-            async with Proxy(config):
-                yield lab
-        finally:
-            await lab.close()
-            server.close()
-            await asyncio.gather(*(writer.wait_closed() for writer in served), return_exceptions=True)
-
-
-@pytest.fixture
-def lab(run_dir: Path, topology_with: Callable[..., Topology]) -> LabFactory:
-    return LabFactory(run_dir, topology_with)
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65_536):
-        writer.write(data)
-        await writer.drain()
-
-
-class Recorder:
-    """A server that notes what came and when, and how the connection ended."""
-
-    def __init__(self) -> None:
-        self.arrivals: list[tuple[float, bytes]] = []
-        self.ended = asyncio.Event()
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while data := await reader.read(65_536):
-                self.arrivals.append((time.monotonic(), data))
-        finally:
-            self.ended.set()
-
-    @property
-    def data(self) -> bytes:
-        return b"".join(data for _, data in self.arrivals)
-
-
-async def until(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - what is waited for happens in code that knows nothing of the test
-            await asyncio.sleep(0.005)
-
-
-async def warmed(stream: Stream) -> Stream:
-    """Past the handshake, with an echoing server: from here on only the lag counts."""
-    reader, writer = stream
-    writer.write(b"!")
-    assert await reader.readexactly(1) == b"!"
-    return stream
+anyio_backend = event_loops
 
 
 async def test_each_direction_takes_its_own_lag(lab: LabFactory) -> None:
@@ -375,19 +259,6 @@ async def test_a_receiver_that_does_not_read_slows_its_sender_and_loses_nothing(
             await until(lambda: received == total, timeout_s=60)
 
 
-async def send_until_blocked(sock: socket.socket, total: int) -> int:
-    """Send until nothing has been accepted for half a second; returns how much was."""
-    accepted, idle = 0, 0
-    while idle < 50 and accepted < total:
-        try:
-            accepted += sock.send(bytes(min(65_536, total - accepted)))
-            idle = 0
-        except BlockingIOError:
-            idle += 1
-        await asyncio.sleep(0.01 if idle else 0)
-    return accepted
-
-
 async def test_a_changed_lag_holds_at_once_for_open_connections(lab: LabFactory) -> None:
     async with lab(echo, default_ms=1) as links:
         reader, writer = await warmed(await links.call("127.0.2.1"))
@@ -398,40 +269,6 @@ async def test_a_changed_lag_holds_at_once_for_open_connections(lab: LabFactory)
         assert time.monotonic() - sent_at >= 0.2
         assert (await links.counters()).pair("b", "a").one_way_ms == 200
         assert (await links.counters()).pair("a", "b").one_way_ms == 1
-
-
-async def test_one_control_connection_answers_many_requests(lab: LabFactory) -> None:
-    async with lab(echo) as links:
-
-        def ask() -> None:
-            with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as replies:
-                sock.connect(str(links.control))
-                sock.sendall(b'{"op": "ping"}\n{"op": "nonsense"}\n')
-                assert json.loads(replies.readline()) == {"ok": True}
-                assert json.loads(replies.readline())["ok"] is False
-                sock.sendall(b'{"op": "counters"}\n')
-                assert json.loads(replies.readline())["ok"] is True
-
-        await asyncio.to_thread(ask)
-
-
-@pytest.mark.parametrize(
-    ("line", "error"),
-    [
-        (b"nonsense", "malformed"),
-        (b'{"op": "explode"}', "explode"),
-        (b'{"op": "set_link", "from": "a", "to": "b", "one_way_ms": -1}', "one_way_ms"),
-        (b'{"op": "set_link", "from": "a", "to": "mars", "one_way_ms": 1}', "mars"),
-        (b'{"op": "ping", "colour": 1}', "colour"),
-        (b'{"op": "close", "to": "a", "port": 1}', "nothing listens"),
-        (b'{"op": "isolate", "to": "mars"}', "mars"),
-    ],
-)
-async def test_a_wrong_control_request_is_answered_with_what_is_wrong(line: bytes, error: str) -> None:
-    config = LinkConfig(listeners=[], regions={"a": "127.0.1.", "b": "127.0.2."}, links=[], control="")
-    reply = answer(Network(config), line, Gates(config))
-    assert reply["ok"] is False
-    assert error in reply["error"]
 
 
 async def test_an_address_in_use_is_refused_by_name_and_nothing_stays_bound(
@@ -491,5 +328,5 @@ def test_the_process_names_what_is_wrong_with_its_configuration(run_dir: Path) -
 
 
 def test_a_proxy_that_is_not_there_is_named(run_dir: Path) -> None:
-    with pytest.raises(LinkFailed, match=r"nowhere\.sock did not answer ping"):
+    with pytest.raises(LinkFailed, match=r"nowhere\.sock did not answer GET /version"):
         LinkControl(run_dir / "nowhere.sock").ping()

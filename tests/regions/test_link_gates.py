@@ -129,3 +129,20 @@ async def test_nothing_of_an_isolated_region_is_heard_and_its_old_connections_ar
     await lab.isolate(False)
     assert await asyncio.gather(*waiting) == [False, False]
     assert await echoes(await lab.call())
+
+
+async def test_no_fault_and_no_healing_of_links_changes_a_gate(lab: Lab) -> None:
+    await lab.close(True)
+    await asyncio.to_thread(lab.control.cut, "b")
+    await asyncio.to_thread(lab.control.heal)
+    assert not await echoes(await lab.call())
+    await lab.close(False)
+    await lab.isolate(True)
+    during = asyncio.create_task(echoes(await lab.call()))
+    await asyncio.to_thread(lab.control.down, "b", "a")
+    await asyncio.to_thread(lab.control.heal)
+    done, _ = await asyncio.wait([during], timeout=0.1)
+    assert not done
+    await lab.isolate(False)
+    assert await during is False
+    assert await echoes(await lab.call())

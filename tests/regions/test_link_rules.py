@@ -1,15 +1,14 @@
-"""The link proxy's decisions, with a hand-moved clock."""
+"""What becomes of a connection and who calls whom, with a hand-moved clock."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from regions.errors import LinkFailed
-from regions.link_rules import DelayLine, End, Lag, Link, LinkConfig, Listener, Network, link_config
+from regions.errors import LinkFailed, LinkRefused
+from regions.link_rules import Call, Change, Ending, Fate, Lag, LinkConfig, Listener, Network, link_config
+from regions.link_toxics import End, ToxicBody
 from regions.topology import load_topology
 
 CONFIG = LinkConfig(
@@ -18,91 +17,6 @@ CONFIG = LinkConfig(
     links=[Lag("a", "b", 40.0), Lag("b", "a", 60.0)],
     control="/run/control.sock",
 )
-
-
-def test_nothing_comes_out_before_its_lag_and_everything_right_after() -> None:
-    line = DelayLine(Link(one_way_ms=40))
-    line.push(b"x", now_s=100.0)
-    assert line.pop_due(100.039) is None
-    assert line.next_due_s == pytest.approx(100.04)
-    assert line.pop_due(100.0401) == b"x"
-    assert line.next_due_s is None
-
-
-def test_a_hundred_things_sent_at_once_are_all_there_after_one_lag() -> None:
-    line = DelayLine(Link(one_way_ms=40))
-    for i in range(100):
-        line.push(b"%d" % i, now_s=0.0)
-    assert [line.pop_due(0.0401) for _ in range(100)] == [b"%d" % i for i in range(100)]
-
-
-def test_an_end_keeps_its_place_behind_the_bytes() -> None:
-    line = DelayLine(Link(one_way_ms=10))
-    line.push(b"x", now_s=0.0)
-    line.push(End.EOF, now_s=0.0)
-    assert (line.pop_due(1.0), line.pop_due(1.0), line.pop_due(1.0)) == (b"x", End.EOF, None)
-
-
-def test_a_smaller_lag_does_not_let_later_bytes_overtake() -> None:
-    link = Link(one_way_ms=100)
-    line = DelayLine(link)
-    line.push(b"first", now_s=0.0)
-    link.one_way_ms = 1
-    line.push(b"second", now_s=0.01)
-    assert line.pop_due(0.05) is None
-    assert (line.pop_due(0.1001), line.pop_due(0.1001)) == (b"first", b"second")
-
-
-def test_a_changed_lag_holds_for_what_is_sent_after_it() -> None:
-    link = Link(one_way_ms=1)
-    line = DelayLine(link)
-    link.one_way_ms = 100
-    line.push(b"x", now_s=0.0)
-    assert line.pop_due(0.099) is None
-    assert line.pop_due(0.101) == b"x"
-
-
-def test_a_new_connection_holds_its_first_bytes_for_the_handshake() -> None:
-    line = DelayLine(Link(one_way_ms=40), not_before_s=0.12)
-    line.push(b"x", now_s=0.0)
-    assert line.pop_due(0.119) is None
-    assert line.pop_due(0.121) == b"x"
-
-
-def test_held_bytes_and_link_bytes_count_what_is_under_way_and_what_came_out() -> None:
-    link = Link()
-    line = DelayLine(link)
-    line.push(b"123", now_s=0.0)
-    line.push(b"4567", now_s=0.0)
-    assert (line.held_bytes, link.bytes) == (7, 0)
-    line.pop_due(0.0)
-    assert (line.held_bytes, link.bytes) == (4, 3)
-    line.drop()
-    assert (line.held_bytes, link.bytes, line.next_due_s) == (0, 3, None)
-
-
-@given(
-    st.lists(
-        st.tuples(st.floats(0, 0.5), st.floats(0, 1000), st.binary(min_size=1, max_size=4)), min_size=1, max_size=50
-    )
-)
-def test_order_is_kept_and_no_byte_lost_or_early_whatever_the_lag_becomes(
-    sends: list[tuple[float, float, bytes]],
-) -> None:
-    link = Link()
-    line = DelayLine(link)
-    now_s, due = 0.0, []
-    for gap_s, one_way_ms, data in sends:
-        now_s += gap_s
-        link.one_way_ms = one_way_ms
-        line.push(data, now_s)
-        due.append(now_s + one_way_ms / 1000)
-    arrived: list[bytes | End | None] = []
-    while (next_due_s := line.next_due_s) is not None:
-        assert next_due_s >= due[len(arrived)]
-        arrived.append(line.pop_due(next_due_s))
-    assert arrived == [data for _, _, data in sends]
-    assert link.bytes == sum(len(data) for _, _, data in sends)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +36,204 @@ def test_a_caller_belongs_to_the_region_of_its_source_address(address: str, regi
 
 def test_a_call_uses_one_link_each_way() -> None:
     network = Network(CONFIG)
-    call = network.call("127.0.2.1", "a")
-    assert (call.to_target, call.to_caller) == (network.links["b", "a"], network.links["a", "b"])
+    call = network.call("127.0.2.1", "a", 0.0)
+    assert call.pair is network.pairs["b:a"]
     assert call.round_trip_s == pytest.approx(0.1)
     assert network.links["b", "a"].connections == 1
     assert network.links["a", "b"].connections == 0
+    call.to_target.push(b"123", 0.0)
+    call.to_target.pop_due(1.0)
+    call.to_caller.push(b"4567", 0.0)
+    call.to_caller.pop_due(1.0)
+    assert (network.links["b", "a"].bytes, network.links["a", "b"].bytes) == (3, 4)
 
 
 def test_a_call_inside_a_region_has_no_lag() -> None:
-    assert Network(CONFIG).call("127.0.1.1", "a").round_trip_s == 0
+    assert Network(CONFIG).call("127.0.1.1", "a", 0.0).round_trip_s == 0
 
 
 def test_an_unbound_caller_counts_as_local_to_its_target_and_is_counted() -> None:
     network = Network(CONFIG)
-    call = network.call("127.0.0.1", "b")
-    assert call.to_target is call.to_caller is network.links["b", "b"]
+    assert network.call("127.0.0.1", "b", 0.0).pair is network.pairs["b:b"]
     assert network.counters()["unbound"] == {"a": 0, "b": 1, "c": 0}
+
+
+# new connections
+
+
+class Lab:
+    """One call from b to a (60 ms there, 40 ms back), opened at 100 s."""
+
+    def __init__(self, *before: Change) -> None:
+        self.network = Network(CONFIG)
+        self.network.apply(before, 50.0)
+        self.call: Call = self.network.call("127.0.2.1", "a", 100.0)
+
+    def change(self, now_s: float, *changes: Change) -> None:
+        self.network.apply(changes, now_s)
+        self.call.change(now_s)
+
+    def heal(self, now_s: float) -> None:
+        self.network.heal()
+        self.call.change(now_s)
+
+
+def put(kind: str, stream: str = "upstream", *, proxy: str = "b:a", **attributes: float) -> Change:
+    return Change(proxy, put=[ToxicBody(type=kind, stream=stream, attributes=dict(attributes))])
+
+
+def remove(name: str, *, proxy: str = "b:a") -> Change:
+    return Change(proxy, remove=[name])
+
+
+def test_a_first_byte_arrives_one_round_trip_and_one_lag_after_the_connect() -> None:
+    lab = Lab()
+    lab.call.to_target.push(b"x", 100.0)
+    assert lab.call.connected
+    assert lab.call.to_target.pop_due(100.159) is None
+    assert lab.call.to_target.pop_due(100.161) == b"x"
+
+
+def test_a_handshake_takes_the_latency_of_both_streams_too() -> None:
+    lab = Lab(put("latency", "upstream", latency=10), put("latency", "downstream", latency=100))
+    lab.call.to_target.push(b"x", 100.0)
+    assert lab.call.to_target.next_due_s == pytest.approx(100 + 0.07 + 0.14 + 0.07)
+
+
+@pytest.mark.parametrize("kind", ["timeout", "cut"])
+@pytest.mark.parametrize("stream", ["upstream", "downstream"])
+def test_a_new_connection_hangs_with_what_it_sent_while_either_direction_is_closed_and_then_shakes_hands(
+    kind: str, stream: str
+) -> None:
+    lab = Lab(put(kind, stream))
+    assert lab.call.connected is False
+    assert lab.call.fate() is None
+    lab.call.to_target.push(b"x", 150.0)
+    lab.change(200.0, remove(f"{kind}_{stream}"))
+    assert lab.call.fate() is None
+    assert lab.call.to_target.pop_due(200.159) is None
+    assert lab.call.to_target.pop_due(200.161) == b"x"
+
+
+def test_a_handshake_waits_until_both_directions_are_open() -> None:
+    lab = Lab(put("timeout", "upstream"), put("timeout", "downstream"))
+    lab.change(110.0, remove("timeout_upstream"))
+    assert not lab.call.connected
+    lab.change(120.0, remove("timeout_downstream"))
+    lab.call.to_target.push(b"x", 120.0)
+    assert lab.call.to_target.next_due_s == pytest.approx(120.16)
+
+
+def test_a_hold_of_another_pair_does_not_concern_a_new_connection() -> None:
+    assert Lab(put("timeout", proxy="a:b"), put("cut", proxy="c:a")).call.connected
+
+
+# how the link ends connections
+
+
+def test_nothing_ends_a_connection_over_a_link_that_is_only_slow() -> None:
+    lab = Lab(put("latency", latency=10), put("bandwidth", rate=1), put("slicer", average_size=1), put("timeout"))
+    assert lab.call.fate() is None
+
+
+@pytest.mark.parametrize(("kind", "how"), [("timeout", Ending.CLOSE), ("reset_peer", Ending.RESET)])
+@pytest.mark.parametrize("stream", ["upstream", "downstream"])
+def test_a_time_runs_from_the_toxic_or_if_later_from_the_connection(kind: str, how: Ending, stream: str) -> None:
+    assert Lab(put(kind, stream, timeout=500)).call.fate() == Fate(100.5, how)
+    lab = Lab()
+    lab.change(103.0, put(kind, stream, timeout=500))
+    assert lab.call.fate() == Fate(103.5, how)
+    lab.change(104.0, put(kind, stream, timeout=700))  # changed: the time starts again
+    assert lab.call.fate() == Fate(104.7, how)
+    lab.heal(104.1)
+    assert lab.call.fate() is None
+
+
+def test_the_earliest_end_counts() -> None:
+    lab = Lab(put("timeout", timeout=500), put("reset_peer", "downstream", timeout=400))
+    assert lab.call.fate() == Fate(100.4, Ending.RESET)
+
+
+def test_a_pair_that_is_down_resets_what_is_open_and_what_is_new_until_it_is_up() -> None:
+    lab = Lab()
+    lab.change(101.0, Change("b:a", enabled=False))
+    for call in (lab.call, lab.network.call("127.0.2.1", "a", 101.0)):
+        fate = call.fate()
+        assert fate is not None
+        assert (fate.how, fate.due_s <= 101.0) == (Ending.RESET, True)
+    assert lab.network.call("127.0.3.1", "a", 101.0).fate() is None
+    lab.change(102.0, Change("b:a", enabled=True))
+    assert lab.network.call("127.0.2.1", "a", 102.0).fate() is None
+
+
+def test_a_connection_that_lost_bytes_is_reset_when_the_cut_is_over_and_not_before() -> None:
+    lab = Lab()
+    lab.change(101.0, put("cut", "upstream"), put("cut", "downstream"))
+    lab.call.to_target.push(b"x", 101.0)
+    assert lab.call.fate() is None
+    lab.change(102.0, remove("cut_upstream"))
+    assert lab.call.fate() is None  # what would say so could not come back
+    lab.change(103.0, remove("cut_downstream"))
+    assert lab.call.fate() is not None
+
+
+@pytest.mark.parametrize("lost", [b"x", End.EOF, End.RESET])
+def test_one_cut_direction_is_enough_to_lose_something(lost: bytes | End) -> None:
+    lab = Lab()
+    lab.change(101.0, put("cut", "downstream"))
+    lab.call.to_caller.push(lost, 101.0)
+    lab.heal(102.0)
+    assert lab.call.fate() == Fate(100.0, Ending.RESET)
+
+
+def test_a_connection_that_was_silent_during_a_cut_goes_on() -> None:
+    lab = Lab()
+    lab.change(101.0, put("cut", "upstream"), put("cut", "downstream"))
+    lab.heal(102.0)
+    assert lab.call.fate() is None
+    lab.call.to_target.push(b"x", 102.0)
+    assert lab.call.to_target.pop_due(102.061) == b"x"
+
+
+# changes of many pairs at once
+
+
+def test_changes_are_all_made_or_none() -> None:
+    network = Network(CONFIG)
+    with pytest.raises(LinkRefused, match="mars"):
+        network.apply([put("cut"), put("cut", proxy="a:mars")], 0.0)
+    with pytest.raises(LinkRefused, match="rate"):
+        network.apply([put("cut"), put("bandwidth", rate=0)], 0.0)
+    assert network.pairs["b:a"].toxics == []
+    changed = network.apply([put("cut"), put("cut", "downstream"), Change("a:b", enabled=False)], 0.0)
+    assert changed == [network.pairs["b:a"], network.pairs["a:b"]]
+    assert [toxic.name for toxic in network.pairs["b:a"].toxics] == ["cut_upstream", "cut_downstream"]
+
+
+def test_a_toxic_put_again_takes_the_place_of_the_first() -> None:
+    network = Network(CONFIG)
+    pair = network.pairs["b:a"]
+    network.apply([put("latency", latency=1), put("bandwidth", rate=1), put("latency", latency=2)], 0.0)
+    assert [(toxic.type, toxic.to_json()["attributes"]) for toxic in pair.toxics] == [
+        ("latency", {"latency": 2, "jitter": 0}),
+        ("bandwidth", {"rate": 1}),
+    ]
+
+
+def test_a_toxic_put_again_under_its_name_may_change_streams() -> None:
+    network = Network(CONFIG)
+    for stream in ("upstream", "downstream"):
+        network.apply([Change("b:a", put=[ToxicBody("cut", name="mine", stream=stream)])], 0.0)
+    assert [(toxic.name, toxic.stream) for toxic in network.pairs["b:a"].toxics] == [("mine", "downstream")]
+
+
+def test_healing_ends_every_fault_and_keeps_the_lags() -> None:
+    network = Network(CONFIG)
+    network.set_link("a", "b", 77)
+    network.apply([put("cut"), Change("a:c", put=[ToxicBody("timeout")], enabled=False)], 0.0)
+    network.heal()
+    assert all(pair.enabled and not pair.toxics for pair in network.pairs.values())
+    assert network.links["a", "b"].one_way_ms == 77
 
 
 def test_a_link_of_an_unknown_region_cannot_be_set() -> None:
