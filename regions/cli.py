@@ -80,10 +80,10 @@ def up(
     """Start the regions and keep them running until Ctrl-C."""
     reporter = Reporter(as_json=as_json)
     stop = threading.Event()
-    _interrupt_on_signals()
-    with Cluster(_topology(topology, auto_ports), var, progress=reporter.note) as cluster:
+    cluster = Cluster(_topology(topology, auto_ports), var, progress=reporter.note)
+    _stop_on_signals(stop, cluster)
+    with cluster:
         _announce(cluster, reporter)
-        _stop_on_signals(stop)
         while not stop.wait(CHECK_EVERY_S):
             cluster.check()
     reporter.note("stopped; nothing is left running")
@@ -129,9 +129,13 @@ def _interrupt_on_signals() -> None:
         signal.signal(number, handle)
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
+def _stop_on_signals(stop: threading.Event, cluster: Cluster) -> None:
+    """A cluster that has started ends as it was asked to; while it starts, that is broken off."""
+
     def handle(_number: int, _frame: FrameType | None) -> None:
         stop.set()
+        if not cluster.started:
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, handle)

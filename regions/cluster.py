@@ -154,6 +154,7 @@ class Cluster(Deaths):
         self.login_path = directory / "login.json"
         self._directory = directory
         self._progress = progress
+        self.started = False
         self._exit = ExitStack()
         self._services: dict[str, Service] = {}
 
@@ -214,9 +215,10 @@ class Cluster(Deaths):
             wait = partial(self.sentinels.wait_ready, self.sentinels.regions, READY_WITHIN_S)
             self._stage("Sentinels, agreed on the primary", wait)
         self.file = self._describe(made)
-        self.file.write(self.file_path)
         credentials = {"username": made.user.username, "password": made.user.password}
         _private_write(self.login_path, msgspec.json.encode(credentials).decode())
+        self.started = True
+        self.file.write(self.file_path)  # the last thing: whoever sees it may use everything
 
     def _stage(self, what: str, start: Callable[[], None]) -> None:
         started = time.monotonic()
