@@ -92,9 +92,11 @@ class SqliteDisk:
             raise StartError("keeper_format_newer", message)
 
     def close(self) -> None:
-        """Close the file and let another process have it."""
+        """Close the file and let another process have it; a second time does nothing."""
         self._db.close()
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     # -- what is held ---------------------------------------------------------------------------------------------
 
