@@ -69,6 +69,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "KEYSERVICE_REDIS_URL": server.url,
         "KEYSERVICE_KEK": KEK,
         "KEYSERVICE_CLIENTS_FILE": str(clients_file),
+        "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
@@ -83,17 +84,18 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
     made = KeyService(public, admin, server.url)
     with subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=environment) as child:
         try:
-            until(_answers(f"{made.url}/readyz"), 20)
+            until(_is_ready(f"{made.url}/readyz"), 60)
             until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 20)
             yield made
         finally:
             child.terminate()
 
 
-def _answers(url: str) -> Callable[[], bool]:
+def _is_ready(url: str) -> Callable[[], bool]:
     def ask() -> bool:
         try:
-            return httpx.get(url, trust_env=False).status_code == 200
+            answer = httpx.get(url, trust_env=False)
+            return answer.status_code == 200 and "epoch_closed" not in answer.json()["warnings"]
         except httpx.HTTPError:
             return False
 
