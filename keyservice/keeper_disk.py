@@ -65,20 +65,28 @@ class SqliteDisk:
     """
 
     def __init__(self, directory: Path, *, region: str) -> None:
-        self._lock = _lock(directory)
-        try:
-            self._db = _open(directory / FILE)
-            self._facts: dict[str, Any] = dict(self._db.execute("SELECT name, value FROM facts"))
-            self._first_use(region)
-            self._links = {key_of(link): link for link in self._read_links()}
-            self._count = self._counted()
-        except (sqlite3.Error, msgspec.DecodeError) as error:
-            os.close(self._lock)
-            message = f"KEYSERVICE_KEEPER_DIR: {directory / FILE} cannot be used: {error}"
-            raise StartError("keeper_disk_invalid", message) from None
-        except StartError:
-            os.close(self._lock)
-            raise
+        with contextlib.ExitStack() as opened:
+            self._lock = _lock(directory)
+            opened.callback(os.close, self._lock)
+            try:
+                self._db = sqlite3.connect(
+                    _made(directory / FILE), isolation_level=None, check_same_thread=False, timeout=0
+                )
+                opened.callback(self._db.close)
+                self._load(region)
+            except (sqlite3.Error, msgspec.DecodeError, OSError, KeeperUnavailable) as error:
+                message = f"KEYSERVICE_KEEPER_DIR: {directory / FILE} cannot be used: {error}"
+                raise StartError("keeper_disk_invalid", message) from None
+            opened.pop_all()
+
+    def _load(self, region: str) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(_SCHEMA)
+        self._facts: dict[str, Any] = dict(self._db.execute("SELECT name, value FROM facts"))
+        self._first_use(region)
+        self._links = {key_of(link): link for link in self._read_links()}
+        self._count = self._counted()
 
     def _first_use(self, region: str) -> None:
         if "keeper_id" not in self._facts:
@@ -92,9 +100,11 @@ class SqliteDisk:
             raise StartError("keeper_format_newer", message)
 
     def close(self) -> None:
-        """Close the file and let another process have it."""
+        """Close the file and let another process have it; a second time does nothing."""
         self._db.close()
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     # -- what is held ---------------------------------------------------------------------------------------------
 
@@ -297,10 +307,7 @@ def _lock(directory: Path) -> int:
     return lock
 
 
-def _open(path: Path) -> sqlite3.Connection:
+def _made(path: Path) -> Path:
+    """The file, made for this user alone if need be."""
     path.touch(mode=0o600)
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.executescript(_SCHEMA)
-    return db
+    return path

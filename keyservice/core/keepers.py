@@ -118,7 +118,7 @@ class MemoryDisk:
         return [self.entries[digest] for digest in digests if digest in self.entries]
 
     def store(self, entries: Iterable[Entry], links: Iterable[EpochLink]) -> None:
-        new = {digest: entry for entry in entries if (digest := entry.digest()) not in self.entries}
+        new = {digest: entry for entry in entries if self._is_news(digest := entry.digest(), entry)}
         changed = news_of(links, self.links)
         if new or changed:
             self.entries.update(new)
@@ -129,6 +129,10 @@ class MemoryDisk:
         for key in list(keys):
             if self.links.pop(key, None) is not None:
                 self.commit += 1
+
+    def _is_news(self, digest: bytes, entry: Entry) -> bool:
+        held = self.entries.get(digest)
+        return held is None or (held.at == 0 and entry.at != 0)
 
     def make_promise(self, epoch: EpochKey) -> None:
         if self.promise is None or epoch > self.promise:

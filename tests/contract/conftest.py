@@ -34,7 +34,7 @@ class KeyService:
     def start(self) -> None:
         """Started and ready."""
         self.process = subprocess.Popen([sys.executable, "-m", "keyservice", "serve"], env=self.environment)
-        until(_answers(f"{self.url}/readyz"), 60)
+        until(_is_ready(f"{self.url}/readyz"), 60)
 
     def kill(self, how: int = signal.SIGKILL) -> None:
         if self.process is not None:
@@ -108,10 +108,11 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         made.kill(signal.SIGTERM)
 
 
-def _answers(url: str) -> Callable[[], bool]:
+def _is_ready(url: str) -> Callable[[], bool]:
     def ask() -> bool:
         try:
-            return httpx.get(url, trust_env=False).status_code == 200
+            answer = httpx.get(url, trust_env=False)
+            return answer.status_code == 200 and "epoch_closed" not in answer.json()["warnings"]
         except httpx.HTTPError:
             return False
 

@@ -12,7 +12,16 @@ import pytest
 
 from keyservice.app import build
 from keyservice.settings import Settings, load_settings
-from tests.keyservice.support import CLIENTS, HS256_SECRET, ISSUER, KEK, Running, Server, running_service
+from tests.keyservice.support import (
+    CLIENTS,
+    HS256_SECRET,
+    ISSUER,
+    KEEPER_SECRET,
+    KEK,
+    Running,
+    Server,
+    running_service,
+)
 
 
 @pytest.fixture
@@ -73,6 +82,27 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
         }
         return load_settings(**{**given, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def two_instances(run_dir: Path, make_settings: Callable[..., Settings]) -> Callable[..., tuple[Settings, Settings]]:
+    """``two_instances(redis_url)``: settings of one region's keeper with an API, and of an API instance beside it."""
+
+    def make(redis_url: str, **overrides: Any) -> tuple[Settings, Settings]:
+        uds = run_dir / "keeper.sock"
+        return (
+            make_settings(redis_url, keeper_uds=uds, keeper_secret=KEEPER_SECRET, **overrides),
+            make_settings(
+                redis_url,
+                role="api",
+                keeper_dir=None,
+                keeper_url=f"unix://{uds}",
+                keeper_secret=KEEPER_SECRET,
+                **overrides,
+            ),
+        )
 
     return make
 

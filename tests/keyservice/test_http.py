@@ -35,7 +35,7 @@ async def test_the_key_set_is_public_cacheable_and_has_a_generation(running: Run
     assert Generation.parse(answer.headers["trust-generation"]).n > 0
     keys = KeySet.from_document(answer.content)
     assert not keys.rejected
-    assert running.service.frontend.ring.signing_key().kid in keys.kids
+    assert running.frontend.ring.signing_key().kid in keys.kids
 
 
 async def test_head_gives_the_headers_alone(running: Running) -> None:
@@ -67,8 +67,8 @@ async def test_a_replica_that_comes_back_empty_takes_no_key_away(running: Runnin
     with server.client() as client:
         client.delete(KEYS_KEY)
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    generation = running.service.frontend.ring.document
-    await running.until(lambda: running.service.frontend.ring.document is not generation)
+    generation = running.frontend.ring.document
+    await running.until(lambda: running.frontend.ring.document is not generation)
     after = (await running.public.get(JWKS)).content
     assert set(KeySet.from_document(before).kids) <= set(KeySet.from_document(after).kids)
 
@@ -80,11 +80,11 @@ async def test_another_regions_published_keys_are_in_the_set(running: Running, s
     with server.client() as client:
         client.hset(KEYS_KEY, other.kid, msgspec.json.encode({**record, "state": "published"}))
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    await running.until(lambda: other.kid in running.service.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
+    await running.until(lambda: other.kid in running.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
     with server.client() as client:
         client.hset(KEYS_KEY, other.kid, msgspec.json.encode({**record, "state": "removed", "rev": 2}))
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-    await running.until(lambda: other.kid not in running.service.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
+    await running.until(lambda: other.kid not in running.frontend.ring.document.keys.kids)  # type: ignore[union-attr]
 
 
 # -- who may use the admin API ----------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ async def test_a_scope_is_needed_and_admin_implies_all(running: Running) -> None
 
 async def test_a_revoked_admin_token_is_refused(running: Running) -> None:
     mine, victim = await running.bearer(), await running.token(audience=f"{ISSUER}/admin")
-    assert (await running.admin.post("/admin/revocations", json={"token": victim}, headers=mine)).status_code == 202
+    assert (await running.admin.post("/admin/revocations", json={"token": victim}, headers=mine)).status_code == 200
     assert await refused(running, victim) == "token_revoked"
 
 
@@ -149,14 +149,43 @@ async def revoke(running: Running, body: dict[str, Any], **headers: str) -> Any:
     return await running.admin.post("/admin/revocations", json=body, headers={**(await running.bearer()), **headers})
 
 
-async def test_a_receipt_claims_no_more_than_is_known(running: Running) -> None:
+async def test_a_receipt_says_replicated_when_a_majority_of_regions_has_it_on_disk(running: Running) -> None:
     answer = await revoke(running, {"token": await running.token("orders")})
-    assert answer.status_code == 202
+    assert answer.status_code == 200
     body = answer.json()
     assert set(body) == {"id", "position", "durability", "regions"}
+    assert (body["durability"], body["regions"]) == ("replicated", {"eu-west-1": True})
+    assert Position.parse(body["position"]).seq == 1
+    assert answer.headers["trust-position"] == body["position"]
+    assert await running.keeper.find(body["id"]) is not None
+
+
+async def test_a_receipt_claims_no_more_than_is_known(
+    server: Server, make_settings: Callable[..., Settings], start_service: Any
+) -> None:
+    running = await start_service(make_settings(server.url, receipt_wait_ms=0))
+    answer = await revoke(running, {"kind": "jti", "value": "x"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (202, "1")
+    body = answer.json()
     assert (body["durability"], body["regions"]) == ("pending", {"eu-west-1": False})
     assert Position.parse(body["position"]).seq == 1
     assert "trust-position" not in answer.headers
+    later = await eventually_replicated(running, body["id"])
+    assert later["position"] == body["position"]
+
+
+async def eventually_replicated(running: Running, entry_id: str) -> dict[str, Any]:
+    """The receipt, once it says so."""
+    headers = await running.bearer()
+    with anyio.fail_after(30):
+        while True:
+            answer = await running.admin.get(f"/admin/revocations/{entry_id}", headers=headers)
+            if answer.status_code == 200 and answer.json()["durability"] == "replicated":
+                assert answer.headers["trust-position"] == answer.json()["position"]
+                found: dict[str, Any] = answer.json()
+                return found
+            assert "trust-position" not in answer.headers
+            await anyio.sleep(0.05)
 
 
 async def test_a_retry_with_the_same_id_gets_the_stored_entry(running: Running, server: Server) -> None:
@@ -181,9 +210,9 @@ async def test_requests_with_one_id_at_the_same_time_append_once(running: Runnin
 
 
 async def test_an_entry_of_another_instance_is_known_by_its_id(
-    running: Running, server: Server, make_settings: Callable[..., Settings], start_service: Any
+    server: Server, two_instances: Callable[..., tuple[Settings, Settings]], start_service: Any
 ) -> None:
-    other = await start_service(make_settings(server.url))
+    running, other = [await start_service(settings) for settings in two_instances(server.url)]
     first = await revoke(running, {"kind": "jti", "value": "x", "id": "one"})
     await other.until(lambda: other.service.index.get("one"))
     assert (await revoke(other, {"kind": "jti", "value": "x", "id": "one"})).json() == first.json()
@@ -201,6 +230,7 @@ async def test_many_revocations_have_a_result_each(running: Running) -> None:
     assert [result["index"] for result in results] == list(range(1500))
     assert {n: r["code"] for n, r in enumerate(results) if "code" in r} == {3: "kind_unknown", 6: "id_conflict"}
     assert len({r["position"] for r in results if "position" in r}) == 1498
+    assert {r["durability"] for r in results if "position" in r} == {"replicated"}
     assert running.service.mirror.snapshot.find(issuer=ISSUER, jti="j1499") is not None
 
 
@@ -219,7 +249,7 @@ async def test_a_bulk_of_which_nothing_is_accepted_is_refused_with_its_results(
     assert answer.status_code == 202
 
 
-@pytest.mark.parametrize(("count", "status"), [(0, 422), (1, 202), (BULK_REVOCATIONS_MAX + 1, 422)])
+@pytest.mark.parametrize(("count", "status"), [(0, 422), (1, 200), (BULK_REVOCATIONS_MAX + 1, 422)])
 async def test_a_bulk_has_a_bounded_size(running: Running, count: int, status: int) -> None:
     items = [{"kind": "jti", "value": f"j{n}"} for n in range(count)]
     assert (await revoke(running, {"revocations": items})).status_code == status
@@ -291,11 +321,17 @@ async def test_without_the_primary_writes_say_so_and_memory_goes_on(running: Run
     ).json()
     server.kill()
     await running.until(lambda: running.service.beats.problem is not None)
-    answer = await running.admin.post("/admin/revocations", json={"kind": "sub", "value": "a"}, headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (503, "primary_unreachable")
-    assert answer.headers["retry-after"] == "1"
-    answer = await running.admin.delete(f"/admin/sessions/{session['sid']}", headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (503, "primary_unreachable")
+    answers = [
+        await running.admin.post("/admin/revocations", json={"kind": "sub", "value": "a"}, headers=headers),
+        await running.admin.post("/admin/revocations", json={"kind": "jti", "value": "j"}, headers=headers),
+        await running.admin.delete(f"/admin/sessions/{session['sid']}", headers=headers),
+    ]
+    for answer in answers:
+        assert (answer.status_code, answer.headers["retry-after"]) == (202, "1")
+        assert (answer.json()["durability"], answer.json()["position"]) == ("pending", None)
+        found = await running.admin.get(f"/admin/revocations/{answer.json()['id']}", headers=headers)
+        assert (found.status_code, found.json()["durability"], found.json()["position"]) == (200, "pending", None)
+    assert running.service.mirror.snapshot.find(issuer=ISSUER, jti="j") is not None, "in force here at once"
     form = {"grant_type": "refresh_token", "refresh_token": session["refresh_token"]}
     answer = await running.public.post("/oauth2/token", data=form, auth=("web", "s3cret"))
     assert (answer.status_code, answer.json()["error"]) == (503, "temporarily_unavailable")
@@ -307,12 +343,17 @@ async def test_without_the_primary_writes_say_so_and_memory_goes_on(running: Run
     assert "primary_unreachable" in ready.json()["warnings"]
 
 
-async def test_a_write_without_an_answer_is_unknown_and_never_failed(running: Running, server: Server) -> None:
+async def test_a_write_without_an_answer_is_pending_and_never_failed(running: Running, server: Server) -> None:
     headers = await running.bearer()
     with server.stopped():
-        answer = await running.admin.post("/admin/revocations", json={"kind": "sub", "value": "a"}, headers=headers)
-    assert (answer.status_code, answer.json()["code"]) == (503, "outcome_unknown")
-    assert "same id is safe" in answer.json()["detail"]
+        body = {"kind": "jti", "value": "a", "id": "one"}
+        answer = await running.admin.post("/admin/revocations", json=body, headers=headers)
+        assert (answer.status_code, answer.json()["durability"]) == (202, "pending")
+        assert "trust-position" not in answer.headers
+    await eventually_replicated(running, "one")
+    with server.client() as client:
+        ids = [fields[b"id"] for _, fields in client.xrange("{trust}:log")]
+    assert ids.count(b"one") == 1
 
 
 async def test_a_clock_that_is_off_stops_signing_and_says_so(
@@ -364,7 +405,7 @@ async def test_a_clock_that_is_off_dates_no_revocation(
     offset_s = 0.0
     await running.until(lambda: running.service.beats.problem is None)
     answer = await running.admin.post("/admin/revocations", json=items[0], headers=headers)
-    assert answer.status_code == 202
+    assert answer.status_code == 200
 
 
 async def test_while_revocations_are_unknown_nothing_is_signed_and_no_bearer_accepted(
@@ -386,7 +427,7 @@ async def test_health_and_metrics_are_on_both_applications(running: Running) -> 
     for client in (running.public, running.admin):
         assert (await client.get("/livez")).json() == {"alive": True}
         ready = (await client.get("/readyz")).json()
-        assert (ready["ready"], ready["reasons"], ready["warnings"]) == (True, [], ["epoch_closed"])
+        assert (ready["ready"], ready["reasons"], ready["warnings"]) == (True, [], [])
         assert (await client.get("/metrics")).status_code == 200
 
 
@@ -401,7 +442,7 @@ async def test_metrics_have_bounded_labels_and_no_secret(running: Running) -> No
     assert 'route="/admin/revocations/{entry_id}"' in text
     assert 'keyservice_tokens_issued_total{alg="RS256",grant="client_credentials"}' in text
     assert 'keyservice_keys{region="eu-west-1",state="active"} 1.0' in text
-    assert "keyservice_epoch_open 0.0" in text
+    assert "keyservice_epoch_open 1.0" in text
     for secret in (token, "s3cret", "some-id", "/no/such"):
         assert secret not in text
 
@@ -424,6 +465,7 @@ async def test_a_region_that_waits_for_the_bootstrap_says_so(
     assert (await waiting.public.get(JWKS)).json()["code"] == "keys_unavailable"
     other = await start_service(make_settings(server.url, **both, region="us-east-1", kek="b" * 43))
     await waiting.ready()
-    await waiting.until(lambda: len(waiting.service.frontend.ring.document.keys) == 4)
-    await other.until(lambda: len(other.service.frontend.ring.document.keys) == 4)
+    await waiting.until(lambda: len(waiting.frontend.ring.document.keys) == 4)
+    await other.ready()
+    await other.until(lambda: len(other.frontend.ring.document.keys) == 4)
     assert (await waiting.public.get(JWKS)).content == (await other.public.get(JWKS)).content

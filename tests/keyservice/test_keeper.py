@@ -13,19 +13,7 @@ async def revoke(running: Running, value: str, **members: Any) -> dict[str, Any]
     return {"status": answer.status_code, "headers": answer.headers, **answer.json()}
 
 
-async def test_with_its_one_keeper_a_region_acknowledges_what_is_on_disk(running: Running) -> None:
-    await running.until(lambda: running.service.mirror.view.epoch and running.service.mirror.view.epoch.open)
-    receipt = await revoke(running, "t-1")
-    assert (receipt["status"], receipt["durability"]) == (200, "replicated")
-    assert receipt["regions"] == {"eu-west-1": True}
-    assert receipt["headers"]["Trust-Position"] == receipt["position"]
-    keeper = running.service.keeper
-    assert keeper is not None
-    assert (await keeper.find(receipt["id"])) is not None
-
-
 async def test_what_the_server_lost_comes_back_from_the_keeper(server: Server, running: Running) -> None:
-    await running.until(lambda: running.service.mirror.view.epoch and running.service.mirror.view.epoch.open)
     receipt = await revoke(running, "t-1")
     assert receipt["status"] == 200
     with server.client() as client:
@@ -35,7 +23,7 @@ async def test_what_the_server_lost_comes_back_from_the_keeper(server: Server, r
             return any(fields[b"value"] == b"t-1" for _, fields in client.xrange("{trust}:log"))
 
         await running.until(is_back)
-    await running.until(lambda: running.service.mirror.view.epoch and running.service.mirror.view.epoch.open)
+    await running.ready()
     answer = await running.admin.get(f"/admin/revocations/{receipt['id']}", headers=await running.bearer())
     assert answer.json()["durability"] == "replicated"
     assert answer.json()["position"] != receipt["position"]

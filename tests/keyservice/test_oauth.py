@@ -26,7 +26,7 @@ async def test_a_client_gets_an_access_token_of_rfc_9068(running: Running) -> No
     header, claims = jwt.get_unverified_header(body["access_token"]), claims_of(body["access_token"])
     assert header["typ"] == "at+jwt"
     assert header["alg"] == "RS256"
-    assert header["kid"] == running.service.frontend.ring.signing_key().kid
+    assert header["kid"] == running.frontend.ring.signing_key().kid
     assert {**claims, "iat": 0, "exp": claims["exp"] - claims["iat"], "jti": ""} == {
         "iss": ISSUER,
         "sub": "orders",
@@ -162,7 +162,7 @@ async def test_a_revoked_session_or_subject_refreshes_no_more(running: Running, 
     answer = await running.admin.post(
         "/admin/revocations", json={"kind": kind, "value": value}, headers=await running.bearer()
     )
-    assert answer.status_code == 202
+    assert answer.status_code == 200
     assert (await refresh(running, session["refresh_token"])).json()["error"] == "invalid_grant"
 
 
@@ -182,8 +182,7 @@ async def test_a_log_in_right_after_a_cut_off_is_not_caught(running: Running) ->
 async def test_logging_out_ends_the_session(running: Running, server: Any) -> None:
     session = await start_session(running)
     answer = await running.admin.delete(f"/admin/sessions/{session['sid']}", headers=await running.bearer("login"))
-    assert answer.status_code == 202
-    assert answer.json()["durability"] == "pending"
+    assert (answer.status_code, answer.json()["durability"]) == (200, "replicated")
     assert (await refresh(running, session["refresh_token"])).json()["error"] == "invalid_grant"
     with server.client() as client:
         assert not client.exists(f"{{ks}}:session:{session['sid']}")

@@ -16,7 +16,6 @@ from keyservice.core.revocation import (
     RevocationRequest,
     draft,
     entry_for,
-    receipt,
     sid_draft,
 )
 from keyservice.errors import RequestRefused
@@ -154,12 +153,22 @@ def test_the_index_keeps_the_first_entry_of_an_id_and_gives_the_newest_first() -
     assert stored.entry is first
     assert [s.entry.id for s in index.newest(lambda _: True)] == ["y", "x"]
     assert [s.entry.id for s in index.newest(lambda e: e.kind == "jti")] == ["x"]
-    assert receipt(stored, ["a", "b"]) == {
-        "id": "x",
-        "position": "5-1.0000000000000000",
-        "durability": "pending",
-        "regions": {"a": False, "b": False},
-    }
+    assert stored.position == Position(5, 1, "0" * 16)
+
+
+def test_a_place_is_known_only_in_the_reading_that_showed_it() -> None:
+    index = EntryIndex()
+    first = entry(kind="jti", value="a", id="x")
+    index.add([(Position(5, 1, "0" * 16), first)])
+    assert index.place_of(first) == Position(5, 1, "0" * 16)
+    index.begin()
+    assert index.place_of(first) is None
+    assert index.get("x") == (first, Position(5, 1, "0" * 16)), "what is stored under an id is known all the same"
+    index.add([(Position(9, 4, "1" * 16), replace(first, at=7)), (Position(9, 5, "1" * 16), first)])
+    assert index.place_of(first) == Position(9, 4, "1" * 16)
+    other = entry(kind="jti", value="other", id="x")
+    index.add([(Position(9, 6, "1" * 16), other)])
+    assert index.place_of(other) is None, "another entry under the id has no place of its own here"
 
 
 @pytest.mark.parametrize(("limit", "left"), [(1_086_400, 2), (1_086_401, 1)])

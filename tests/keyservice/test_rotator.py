@@ -20,7 +20,7 @@ from keyservice.trust import private_key_name, read_keys
 from tests.keyservice.support import Running, Server
 from verifier.jwk import thumbprint
 from verifier.limits import JWKS_KEYS_MAX
-from verifier.log import EPOCH_KEY, KEYS_KEY
+from verifier.log import EPOCH_KEY, KEYS_KEY, region_key
 from verifier.testing import b64url
 
 PRIVATE = private_key_name("eu-west-1")
@@ -35,7 +35,7 @@ QUICK = {
 
 
 def states(running: Running) -> dict[str, str]:
-    return {kid: record.state for kid, record in running.service.frontend.ring.records.items()}
+    return {kid: record.state for kid, record in running.frontend.ring.records.items()}
 
 
 async def settled(running: Running) -> None:
@@ -44,7 +44,7 @@ async def settled(running: Running) -> None:
 
 
 def active(running: Running) -> str:
-    record = running.service.frontend.ring.active
+    record = running.frontend.ring.active
     assert record is not None
     return record.kid
 
@@ -59,7 +59,7 @@ async def test_a_requested_rotation_waits_for_the_lead_then_publishes_both(
     running = await start_service(make_settings(server.url, **QUICK))
     await settled(running)
     first = active(running)
-    old = running.service.frontend.ring.records
+    old = running.frontend.ring.records
     published_at = next(r.published_at for r in old.values() if r.state == "published")
     answer = await rotate(running)
     if answer.status_code == 202:
@@ -71,12 +71,12 @@ async def test_a_requested_rotation_waits_for_the_lead_then_publishes_both(
         }
         assert answer.json()["activates_at"] >= published_at + 1.5
     await running.until(lambda: active(running) != first)
-    now_active = running.service.frontend.ring.records[active(running)]
+    now_active = running.frontend.ring.records[active(running)]
     assert now_active.active_at is not None
     assert now_active.active_at >= published_at + 1.5
     await running.until(lambda: sorted(states(running).values()) == ["active", "published", "retiring"])
     assert states(running)[first] == "retiring"
-    assert first in running.service.frontend.ring.document.keys.kids
+    assert first in running.frontend.ring.document.keys.kids
     assert (await running.admin.get("/admin/keys", headers=await running.bearer())).status_code == 200
 
 
@@ -93,7 +93,7 @@ async def test_a_rotation_that_may_happen_now_happens_now(
     with server.client() as client:
         client.delete("{ks}:rotation:eu-west-1")
     offset_s = 3_500.0
-    keys = running.service.frontend.ring.records
+    keys = running.frontend.ring.records
     published = next(record for record in keys.values() if record.state == "published")
     with server.client() as client:
         earlier = msgspec.structs.replace(published, published_at=published.published_at - 200)
@@ -129,25 +129,26 @@ async def test_no_key_is_made_for_a_set_that_is_full(running: Running, server: S
     crowd(server, JWKS_KEYS_MAX - 1)
     with server.client() as client:
         standby = next(kid for kid, state in states(running).items() if state == "published")
-        record = running.service.frontend.ring.records[standby]
+        record = running.frontend.ring.records[standby]
         client.hset(KEYS_KEY, standby, msgspec.json.encode(msgspec.structs.replace(record, state="removed", rev=9)))
         client.hincrby(EPOCH_KEY, "keys_n", 1)
         keys = set(client.hkeys(KEYS_KEY))
         for _ in range(2):
-            await running.service.frontend.rotator.tick()
-            assert running.service.frontend.rotator.problem == "key_set_full"
+            await running.frontend.rotator.tick()
+            assert running.frontend.rotator.problem == "key_set_full"
         assert set(client.hkeys(KEYS_KEY)) == keys
         some = next(kid for kid in keys if kid.decode() not in states(running))
         client.hdel(KEYS_KEY, some)
-        await running.service.frontend.rotator.tick()
-        assert running.service.frontend.rotator.problem is None
+        await running.frontend.rotator.tick()
+        assert running.frontend.rotator.problem is None
         assert client.hlen(KEYS_KEY) == len(keys)
 
 
 async def test_a_standby_that_does_not_open_is_never_activated(
     server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
-    running = await start_service(make_settings(server.url))
+    settings = make_settings(server.url)
+    running = await start_service(settings)
     await settled(running)
     first = active(running)
     standby = next(kid for kid, state in states(running).items() if state == "published")
@@ -158,21 +159,21 @@ async def test_a_standby_that_does_not_open_is_never_activated(
         record = msgspec.json.decode(client.hget(KEYS_KEY, standby))
         client.hset(KEYS_KEY, standby, msgspec.json.encode({**record, "published_at": 1}))
         client.set("{ks}:rotation:eu-west-1", msgspec.json.encode({"kid": first, "at": 1}))
-    again = await start_service(make_settings(server.url))
-    await again.service.frontend.rotator.tick()
+    again = await start_service(settings)
+    await again.frontend.rotator.tick()
     with server.client() as client:
         assert msgspec.json.decode(client.hget(KEYS_KEY, standby))["state"] == "published"
     assert await again.token("orders")
 
 
 async def test_two_instances_make_one_set_of_keys(
-    server: Server, make_settings: Callable[..., Settings], start_service: Any
+    server: Server, two_instances: Callable[..., tuple[Settings, Settings]], start_service: Any
 ) -> None:
-    one, two = await asyncio.gather(*(start_service(make_settings(server.url)) for _ in range(2)))
+    one, two = await asyncio.gather(*(start_service(settings) for settings in two_instances(server.url)))
     await one.until(lambda: sorted(states(one).values()) == ["active", "published"])
     await two.until(lambda: states(two) == states(one))
     assert active(one) == active(two)
-    await asyncio.gather(*(running.service.frontend.rotator.tick() for running in (one, two) for _ in range(3)))
+    await asyncio.gather(*(running.frontend.rotator.tick() for running in (one, two) for _ in range(3)))
     assert sorted(states(one).values()) == ["active", "published"]
     assert await two.token("orders")
 
@@ -181,7 +182,7 @@ async def test_a_revoked_active_key_never_signs_again_and_the_standby_signs_at_o
     first = active(running)
     headers = await running.bearer()
     answer = await running.admin.post("/admin/revocations", json={"kind": "kid", "value": first}, headers=headers)
-    assert answer.status_code == 202
+    assert answer.status_code == 200
     form = {"grant_type": "client_credentials"}
     answer = await running.public.post("/oauth2/token", data=form, auth=("orders", "s3cret"))
     if answer.status_code == 503:
@@ -189,7 +190,7 @@ async def test_a_revoked_active_key_never_signs_again_and_the_standby_signs_at_o
     await running.until(lambda: active(running) != first)
     await running.ready()
     assert states(running)[first] == "compromised"
-    assert first not in running.service.frontend.ring.document.keys.kids  # type: ignore[union-attr]
+    assert first not in running.frontend.ring.document.keys.kids  # type: ignore[union-attr]
     assert (await running.admin.get("/admin/keys", headers=headers)).json()["code"] in ("token_revoked", "kid_unknown")
     assert (await running.admin.get("/admin/keys", headers=await running.bearer())).status_code == 200
     await running.until(lambda: sorted(states(running).values()) == ["active", "compromised", "published"])
@@ -202,7 +203,24 @@ def _private_kids(running: Running, gone: str) -> bool:
         return gone.encode() not in client.hkeys(PRIVATE)
 
 
-async def test_a_missing_private_half_stops_signing_and_makes_no_new_key(
+async def test_a_private_half_that_the_server_lost_comes_back_from_the_keeper(
+    server: Server, make_settings: Callable[..., Settings], start_service: Any
+) -> None:
+    settings = make_settings(server.url)
+    running = await start_service(settings)
+    await settled(running)
+    signed, before = active(running), states(running)
+    await running.service.stop()
+    with server.client() as client:
+        held = client.hgetall(PRIVATE)
+        client.hdel(PRIVATE, signed)
+        again = await start_service(settings)
+        await again.until(lambda: client.hgetall(PRIVATE) == held)
+    assert (active(again), states(again)) == (signed, before)
+    assert await again.token("orders")
+
+
+async def test_a_private_half_that_nobody_has_stops_signing_and_makes_no_new_key(
     server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
     running = await start_service(make_settings(server.url))
@@ -211,13 +229,14 @@ async def test_a_missing_private_half_stops_signing_and_makes_no_new_key(
     await running.service.stop()
     with server.client() as client:
         client.hdel(PRIVATE, active(running))
+        client.delete(region_key("eu-west-1"))  # and the keeper that also held it is gone with its disk
     again = await start_service(make_settings(server.url), ready=False)
     await again.until(lambda: again.service.readiness().reasons == ("private_key_missing",))
     form = {"grant_type": "client_credentials"}
     answer = await again.public.post("/oauth2/token", data=form, auth=("orders", "s3cret"))
     assert answer.json()["error_description"].startswith("private_key_missing")
     assert (await again.public.get("/.well-known/jwks.json")).status_code == 200
-    await again.service.frontend.rotator.tick()
+    await again.frontend.rotator.tick()
     assert states(again) == before
 
 
@@ -227,7 +246,7 @@ async def test_a_private_half_without_a_record_becomes_the_next_key(running: Run
         standby = next(kid for kid, state in states(running).items() if state == "published")
         client.hdel(KEYS_KEY, standby)
         client.hincrby(EPOCH_KEY, "keys_n", 1)
-        await running.service.frontend.rotator.tick()
+        await running.frontend.rotator.tick()
         assert sorted(client.hkeys(KEYS_KEY)) == sorted(kid.encode() for kid in states(running))
         assert client.hlen(PRIVATE) == 2
 

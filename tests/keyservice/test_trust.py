@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from keyservice import store
+from keyservice.core.keepers import Bump
 from keyservice.core.revocation import Stored
 from keyservice.core.rotation import KeyRecord, prepare
 from keyservice.errors import OutcomeUnknown, PrimaryUnreachable, Refused, WaitingForBootstrap
@@ -54,13 +55,24 @@ async def node(server: Server) -> AsyncIterator[Node]:
     await made.close()
 
 
-def log_on(node: Node, *, bootstraps: bool = True) -> TrustLog:
-    return TrustLog(node, region="eu", bootstraps=bootstraps, max_token_lifetime_s=86_400)
+def log_on(node: Node) -> TrustLog:
+    return TrustLog(node, region="eu", max_token_lifetime_s=86_400)
+
+
+BEGIN = Bump(0, None, {"eu": "keeper"})
 
 
 @pytest.fixture
-def trust(node: Node) -> TrustLog:
-    return log_on(node)
+async def trust(node: Node) -> TrustLog:
+    """A log that has begun."""
+    made = log_on(node)
+    assert await made.bump(BEGIN)
+    return made
+
+
+def place(stored: Stored) -> Position:
+    assert stored.position is not None
+    return stored.position
 
 
 def epoch_of(server: Server) -> Epoch:
@@ -78,8 +90,9 @@ def read_log(server: Server) -> list[tuple[Position, Entry]]:
 # -- epochs -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_bootstrap_region_starts_the_log(trust: TrustLog, server: Server) -> None:
-    before_ms = int(time.time() * 1000)
+async def test_the_first_epoch_makes_the_log(node: Node, server: Server) -> None:
+    before_ms, trust = int(time.time() * 1000), log_on(node)
+    assert await trust.bump(BEGIN)
     epoch = await trust.ensure_epoch()
     assert epoch == epoch_of(server)
     assert epoch.number >= before_ms
@@ -89,7 +102,7 @@ async def test_the_bootstrap_region_starts_the_log(trust: TrustLog, server: Serv
         epoch.number,
         epoch.nonce,
         None,
-        {},
+        {"eu": "keeper"},
         False,
     )
     ((position, first),) = read_log(server)
@@ -103,19 +116,25 @@ async def test_the_bootstrap_region_starts_the_log(trust: TrustLog, server: Serv
     assert (meta.trimmed_to, meta.writer_format, meta.max_token_lifetime_s) == (None, 1, 86_400)
 
 
-async def test_another_region_waits_for_it(node: Node, server: Server) -> None:
-    with pytest.raises(WaitingForBootstrap):
-        await log_on(node, bootstraps=False).append([entry()])
+async def test_writers_wait_for_the_keepers_to_begin_a_log(node: Node, server: Server) -> None:
+    writer = log_on(node)
+    for write in (
+        lambda: writer.append([entry()]),
+        lambda: writer.beat(200),
+        lambda: writer.put_keys([(-1, record())]),
+    ):
+        with pytest.raises(WaitingForBootstrap):
+            await write()
     with server.client() as client:
         assert client.dbsize() == 0
-    await log_on(node).ensure_epoch()
-    await log_on(node, bootstraps=False).append([entry()])
+    assert await log_on(node).bump(BEGIN)
+    await writer.append([entry()])
 
 
-async def test_many_bumpers_at_once_open_one_epoch(node: Node, server: Server) -> None:
+async def test_of_many_that_begin_a_log_at_once_one_does(node: Node, server: Server) -> None:
     logs = [log_on(node) for _ in range(10)]
-    epochs = await asyncio.gather(*(log.ensure_epoch() for log in logs))
-    assert len({epoch.nonce for epoch in epochs}) == 1
+    assert sum(await asyncio.gather(*(log.bump(BEGIN) for log in logs))) == 1
+    assert len({(await log.ensure_epoch()).nonce for log in logs}) == 1
     assert sum(log.bumps for log in logs) == 1
     with server.client() as client:
         client.hset(EPOCH_KEY, "replid", "0" * 40)
@@ -123,6 +142,21 @@ async def test_many_bumpers_at_once_open_one_epoch(node: Node, server: Server) -
     assert sum(log.bumps for log in logs) == 2
     read = read_log(server)
     assert [e.kind for _, e in read] == ["epoch", "epoch", *["jti"] * 10]
+    assert [link.voters for link in epoch_of(server).chain] == [{"eu": "keeper"}] * 2, "a writer keeps the voters"
+
+
+async def test_what_is_left_of_a_log_is_no_first_start(trust: TrustLog, node: Node, server: Server) -> None:
+    assert not await log_on(node).bump(BEGIN)
+    (stored,) = await trust.append([entry()])
+    with server.client() as client:
+        client.delete(META_KEY)
+        client.hset(EPOCH_KEY, "replid", "0" * 40)
+        other = log_on(node)
+        with pytest.raises(WaitingForBootstrap):
+            await other.append([entry()])
+        assert await other.bump(Bump(place(stored).epoch + 10**12, None, {"eu": "other"}))
+    assert epoch_of(server).number == place(stored).epoch + 10**12 + 1
+    assert [e.kind for _, e in read_log(server)] == ["epoch", "jti", "epoch"], "what the server still holds stays"
 
 
 async def test_a_new_replication_id_makes_a_new_epoch_in_one_history(
@@ -137,9 +171,9 @@ async def test_a_new_replication_id_makes_a_new_epoch_in_one_history(
         until(lambda: other.info("replication")["master_link_status"] == "up")
         assert client.info("replication")["master_replid"] != epoch_of(server).replid
         (second,) = await trust.append([entry("b")])
-        assert second.position.epoch > first.position.epoch
+        assert place(second).epoch > place(first).epoch
         assert [e.id for _, e in read_log(server) if e.kind == "jti"] == ["a", "b"]
-        assert epoch_of(server).chain[-1].previous == str(first.position)
+        assert epoch_of(server).chain[-1].previous == str(place(first))
         until(lambda: len(other.xrange(LOG_KEY)) == 4)
     stranger = Node(replica.url)
     try:
@@ -164,7 +198,7 @@ async def test_an_epoch_that_somebody_else_opened_is_read_and_used(trust: TrustL
     with server.client() as client:
         client.hset(EPOCH_KEY, field, {"number": str(epoch.number + 7), "nonce": "f" * 16}[field])
     (stored,) = await trust.append([entry()])
-    assert stored.position.epoch == epoch_of(server).number
+    assert place(stored).epoch == epoch_of(server).number
     assert trust.bumps == 1
 
 
@@ -175,7 +209,7 @@ async def test_a_number_is_above_everything_in_the_log(trust: TrustLog, server: 
         client.hset(EPOCH_KEY, mapping={"number": str(far), "replid": "0" * 40})
     trust.seen = None
     (stored,) = await trust.append([entry()])
-    assert stored.position.epoch == far + 1
+    assert place(stored).epoch == far + 1
 
 
 # -- appending --------------------------------------------------------------------------------------------------------
@@ -186,8 +220,8 @@ async def test_positions_are_dense_and_entries_come_back_as_written(trust: Trust
     for size in (1, APPEND_ENTRIES_MAX, 3):
         stored += await trust.append([entry(f"{len(stored) + n}") for n in range(size)])
     read = read_log(server)[1:]
-    assert [(place, e) for e, place in stored] == read
-    assert [place.seq for place, _ in read] == list(range(1, APPEND_ENTRIES_MAX + 5))
+    assert [(at, e) for e, at in stored] == read
+    assert [at.seq for at, _ in read] == list(range(1, APPEND_ENTRIES_MAX + 5))
     assert abs(stored[0].entry.at / 1000 - time.time()) < 5
 
 
@@ -257,7 +291,7 @@ async def test_a_beat_says_how_far_the_log_goes(trust: TrustLog, server: Server)
     with server.client() as client:
         beat = Beat.decode(client.hgetall(BEAT_KEY))
     assert (beat.n, beat.position, beat.at_ms) == (0, stored.position, beaten.server_ms)
-    assert beat.generation == Generation(stored.position.epoch, 0)
+    assert beat.generation == Generation(place(stored).epoch, 0)
     assert beat.confirmed_n is None
 
 
@@ -286,8 +320,8 @@ async def test_key_records_and_their_generation_are_read_together(trust: TrustLo
     assert view.generation == generation == Generation(generation.epoch, 1)
 
 
-async def test_of_racing_writers_one_wins(node: Node) -> None:
-    await log_on(node).put_keys([(-1, record())])
+async def test_of_racing_writers_one_wins(trust: TrustLog, node: Node) -> None:
+    await trust.put_keys([(-1, record())])
     logs = [log_on(node) for _ in range(5)]
     results = await asyncio.gather(
         *(log.put_keys([(0, record("published", 1))]) for log in logs), return_exceptions=True

@@ -1,0 +1,353 @@
+"""The keeper rules, row by row of the table in ``keyservice.core.keepers``, with time that is moved by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from keyservice.core.evidence import EpochKey, LogHead, key_of, opened
+from keyservice.core.keepers import Add, Bump, Keeper, MemoryDisk, Register, Send
+from keyservice.limits import APPEND_ENTRIES_MAX
+from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Position
+
+VOTERS = {"eu": "k-eu", "us": "k-us", "ap": "k-ap"}
+LATER = 100.0
+"""Monotonic seconds at which no intent of these tests is left to its writer any more."""
+
+
+def entry(name: str, **changes: Any) -> Entry:
+    return replace(Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes)
+
+
+def link(number: int, *, was_open: bool = False, voters: dict[str, str] | None = None) -> EpochLink:
+    return EpochLink(number, f"{number:016x}", None, VOTERS if voters is None else voters, was_open)
+
+
+def epoch(*chain: EpochLink, known: tuple[EpochLink, ...] = (), is_open: bool = False) -> Epoch:
+    last = chain[-1]
+    made = Epoch(last.number, last.nonce, "r" * 40, False, Generation(last.number, 0), chain, known)
+    return opened(made) if is_open else made
+
+
+def beat(of: Epoch, n: int, seq: int = 0) -> Beat:
+    return Beat(of.nonce, n, 1_000 + n, Position(of.number, seq, of.nonce), of.generation)
+
+
+def head(of: Epoch, seq: int = 0, *, at: Beat | None = None, holed: bool = False) -> LogHead:
+    return LogHead(of, at, Position(of.number, seq, of.nonce), holed)
+
+
+def shown(of: Epoch, *entries: Entry) -> list[tuple[Position, Entry]]:
+    return [(Position(of.number, seq, of.nonce), e) for seq, e in enumerate(entries, 1)]
+
+
+E5 = epoch(link(5))
+
+
+def keeper(*entries: Entry, links: tuple[EpochLink, ...] = (), promise: EpochKey | None = None) -> Keeper:
+    """One that was just started, with this on its disk."""
+    disk = MemoryDisk("k-eu")
+    disk.store(entries, links)
+    if promise is not None:
+        disk.make_promise(promise)
+    return Keeper("eu", disk)
+
+
+def reads(one: Keeper, of: Epoch, *entries: Entry) -> None:
+    """A whole pass over a log that holds these."""
+    one.begin()
+    one.read(shown(of, *entries), (*of.chain, *of.known))
+
+
+def merged(*entries: Entry, beat_n: int = -1) -> Keeper:
+    """One that is merged into epoch 5, whose log holds these."""
+    one = keeper()
+    reads(one, E5, *entries)
+    step = one.next_step(head(E5, len(entries)), 0.0)
+    assert step == Add(key_of(E5), (), ())
+    one.added(step, beat_n, 0.0)
+    assert one.merged == one.disk.promise == key_of(E5)
+    return one
+
+
+# -- there is no log --------------------------------------------------------------------------------------------------
+
+
+def test_on_an_empty_server_a_keeper_that_holds_nothing_claims_its_seat() -> None:
+    assert keeper().next_step(None, 0.0) == Register("k-eu")
+
+
+def test_a_keeper_that_holds_anything_never_takes_an_empty_server_for_the_first_start() -> None:
+    one = keeper(
+        entry("a"), links=(link(3), link(5, voters={"eu": "k-eu", "us": "new"})), promise=EpochKey(9, "9" * 16)
+    )
+    assert one.next_step(None, 0.0) == Bump(9, None, {"eu": "k-eu", "us": "new"})
+
+
+def test_an_intent_alone_does_not_stand_in_the_way_of_the_first_start() -> None:
+    one = keeper()
+    one.intend([entry("a")], 5.0)
+    assert one.next_step(None, 0.0) == Register("k-eu")
+    reads(one, E5)
+    step = one.next_step(head(E5), LATER)
+    assert isinstance(step, Add)
+    assert step.entries == (entry("a"),), "it gets into the log that others began"
+
+
+# -- an epoch older than the promise ----------------------------------------------------------------------------------
+
+
+def test_a_log_that_fell_back_behind_the_promise_gets_a_new_epoch_above_it() -> None:
+    one = keeper(links=(link(5), link(8)), promise=EpochKey(8, f"{8:016x}"))
+    reads(one, E5, entry("shown"))
+    assert one.next_step(head(E5, 1), 0.0) == Bump(8, key_of(E5), VOTERS)
+    assert list(one.disk.get([entry("shown").digest()])), "what it shows is stored all the same"
+
+
+def test_nothing_is_reported_in_an_epoch_older_than_the_promise() -> None:
+    one = keeper(promise=EpochKey(8, "8" * 16))
+    reads(one, E5)
+    one.added(Add(key_of(E5), (), ()), 3, 0.0)
+    assert one.merged is None
+    assert one.disk.promise == EpochKey(8, "8" * 16)
+
+
+# -- an epoch that it has not merged into -----------------------------------------------------------------------------
+
+
+def test_a_keeper_adds_what_it_holds_and_the_log_lacks_before_it_promises() -> None:
+    one = keeper(entry("held"), entry("both"), links=(link(4, was_open=True),))
+    reads(one, E5, entry("both"), entry("new"))
+    step = one.next_step(head(E5, 2), 0.0)
+    assert step == Add(key_of(E5), (entry("held"),), (link(4, was_open=True),))
+    promises = [one.disk.promise]
+    one.added(step, 4, 0.0)
+    promises.append(one.disk.promise)
+    assert promises == [None, key_of(E5)]
+    assert one.merged == key_of(E5)
+    assert one.disk.get([entry("new").digest()]) == [entry("new")]
+
+
+def test_more_than_one_script_takes_is_added_in_several_and_promised_after_the_last() -> None:
+    many = [entry(f"e{n}") for n in range(APPEND_ENTRIES_MAX + 1)]
+    one = keeper(*many)
+    reads(one, E5)
+    first = one.next_step(head(E5), 0.0)
+    assert isinstance(first, Add)
+    assert (len(first.entries), first.complete) == (APPEND_ENTRIES_MAX, False)
+    one.added(first, -1, 0.0)
+    assert one.merged is None
+    last = one.next_step(head(E5), 0.0)
+    assert isinstance(last, Add)
+    assert (last.entries, last.complete) == ((many[-1],), True)
+    one.added(last, -1, 0.0)
+    assert one.merged == key_of(E5)
+
+
+def test_an_epoch_that_another_took_the_place_of_meanwhile_is_not_promised() -> None:
+    one = keeper(entry("held"))
+    reads(one, E5)
+    step = one.next_step(head(E5), 0.0)
+    assert isinstance(step, Add)
+    later = epoch(link(5), link(6))
+    one.begin()  # the mirror reads another history
+    one.read(shown(later), later.chain)
+    one.added(step, -1, 0.0)
+    assert one.merged is None
+    one.next_step(head(later), 0.0)
+    one.added(step, -1, 0.0)
+    assert (one.merged, one.disk.promise) == (None, None)
+
+
+def test_an_entry_that_came_from_elsewhere_while_adding_is_added_before_the_promise() -> None:
+    one = keeper(entry("held"))
+    reads(one, E5)
+    step = one.next_step(head(E5), 0.0)
+    assert isinstance(step, Add)
+    one.intend([entry("late")], 0.0)
+    one.added(step, -1, 1.0)
+    assert one.merged is None, "its writer has left it to the keeper, and it is in no log"
+    step = one.next_step(head(E5), 1.0)
+    assert isinstance(step, Add)
+    assert step.entries == (entry("late"),)
+    one.added(step, -1, 1.0)
+    assert one.merged == key_of(E5)
+
+
+def test_what_was_dropped_since_is_not_waited_for() -> None:
+    one = keeper(entry("held"), entry("expired"))
+    reads(one, E5)
+    assert isinstance(one.disk, MemoryDisk)
+    del one.disk.entries[entry("expired").digest()]
+    step = one.next_step(head(E5), 0.0)
+    assert isinstance(step, Add)
+    assert step.entries == (entry("held"),)
+    one.added(step, -1, 0.0)
+    assert one.merged == key_of(E5)
+
+
+def test_the_epochs_that_a_log_knows_as_never_opened_are_put_right() -> None:
+    one = keeper(links=(link(4, was_open=True), link(3)))
+    shown_epoch = epoch(link(4), link(5), known=(link(3),))
+    reads(one, shown_epoch)
+    step = one.next_step(head(shown_epoch), 0.0)
+    assert isinstance(step, Add)
+    assert step.links == (link(4, was_open=True),)
+
+
+@pytest.mark.parametrize(
+    ("newer", "bumps"),
+    [(link(4, voters={"eu": "k-eu"}), True), (link(4), False), (link(2, voters={"eu": "k-eu"}), False)],
+)
+def test_a_laggard_log_never_brings_old_voters_back(newer: EpochLink, bumps: bool) -> None:
+    one = keeper(links=(newer,))
+    laggard = epoch(link(3), link(5))
+    reads(one, laggard)
+    step = one.next_step(head(laggard), 0.0)
+    if bumps:
+        assert step == Bump(5, key_of(laggard), {"eu": "k-eu"})
+    else:
+        assert isinstance(step, Add)
+
+
+# -- the epoch that it has merged into --------------------------------------------------------------------------------
+
+
+def test_a_report_says_how_far_everything_shown_is_on_disk() -> None:
+    one = merged()
+    one.read(shown(E5, entry("a"), entry("b")))
+    step = one.next_step(head(E5, 2), 0.0)
+    assert isinstance(step, Send)
+    report = step.report
+    assert (report.keeper_id, report.region, report.epoch, report.held) == ("k-eu", "eu", key_of(E5), "5-2")
+    assert (report.beat_n, report.commit) == (-1, one.disk.commit)
+
+
+@pytest.mark.parametrize(
+    ("is_open", "n", "seq", "confirmed"),
+    [(True, 8, 2, True), (True, 7, 2, False), (True, 8, 3, False), (False, 8, 2, False)],
+)
+def test_a_beat_is_confirmed_if_issued_in_an_open_epoch_after_the_merge_and_everything_before_it_is_held(
+    is_open: bool, n: int, seq: int, confirmed: bool
+) -> None:
+    one = merged(beat_n=7)
+    one.read(shown(E5, entry("a"), entry("b")))
+    now = epoch(link(5), is_open=is_open)
+    step = one.next_step(head(now, 2, at=beat(now, n, seq)), 0.0)
+    assert isinstance(step, Send)
+    told = (step.report.beat_n, step.report.beat_at_ms, step.report.beat_position)
+    assert told == ((n, 1_000 + n, f"5-{seq}") if confirmed else (-1, 0, ""))
+
+
+def test_a_beat_of_another_epoch_is_not_confirmed() -> None:
+    one = merged()
+    now = epoch(link(5), is_open=True)
+    step = one.next_step(head(now, at=beat(epoch(link(4)), 9)), 0.0)
+    assert isinstance(step, Send)
+    assert step.report.beat_n == -1
+
+
+def test_after_a_restart_a_keeper_merges_again_before_it_reports() -> None:
+    before = merged(entry("a"))
+    one = Keeper("eu", before.disk)
+    reads(one, E5, entry("a"))
+    step = one.next_step(head(E5, 1), 0.0)
+    assert step == Add(key_of(E5), (), ())
+    one.added(step, 12, 0.0)
+    now = epoch(link(5), is_open=True)
+    for n, told in ((12, -1), (13, 13)):
+        sent = one.next_step(head(now, 1, at=beat(now, n)), 0.0)
+        assert isinstance(sent, Send)
+        assert sent.report.beat_n == told
+
+
+def test_what_was_added_and_is_on_its_way_back_is_not_added_twice() -> None:
+    one = keeper(entry("held"))
+    reads(one, E5)
+    step = one.next_step(head(E5), 0.0)
+    assert isinstance(step, Add)
+    one.added(step, -1, 0.0)
+    assert isinstance(one.next_step(head(E5), 0.0), Send)
+    later = epoch(link(5), link(6))
+    reads(one, later)
+    again = one.next_step(head(later), 0.0)
+    assert isinstance(again, Add)
+    assert again.entries == (entry("held"),), "another history does not have it"
+
+
+# -- a hole -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_with_a_hole_gets_a_new_epoch_with_the_same_voters() -> None:
+    one = merged()
+    assert one.next_step(head(E5, 3, holed=True), 0.0) == Bump(5, key_of(E5), VOTERS)
+
+
+# -- intents ----------------------------------------------------------------------------------------------------------
+
+
+def added_now(one: Keeper, mono: float, seq: int = 0) -> tuple[Entry, ...]:
+    step = one.next_step(head(E5, seq), mono)
+    return step.entries if isinstance(step, Add) else ()
+
+
+def test_an_intent_is_on_disk_at_once_and_left_to_its_writer_for_a_while() -> None:
+    one = merged()
+    one.intend([entry("a")], 5.0)
+    assert one.disk.get([entry("a").digest()]) == [entry("a")]
+    assert one.pending == 1
+    assert added_now(one, 4.9) == ()
+    assert added_now(one, 5.0) == (entry("a"),)
+
+
+def test_an_intent_that_its_writer_gave_up_is_added_at_once() -> None:
+    one = merged()
+    one.intend([entry("a")], 5.0)
+    one.given_up([entry("a")])
+    assert added_now(one, 0.0) == (entry("a"),)
+
+
+def test_an_intent_that_was_appended_in_this_epoch_is_not_appended_again() -> None:
+    one = merged()
+    one.intend([entry("a"), entry("b")], 5.0)
+    one.appended(key_of(E5), [entry("a")])
+    one.appended(EpochKey(4, "4" * 16), [entry("b")])
+    assert added_now(one, LATER) == (entry("b"),)
+    one.read(shown(E5, entry("a", at=7), entry("b", at=7)))
+    assert added_now(one, LATER, 2) == ()
+    assert one.pending == 0
+
+
+def test_an_intent_that_the_log_shows_is_nobodys_any_more() -> None:
+    one = merged()
+    one.intend([entry("a")], 5.0)
+    one.read(shown(E5, entry("a", at=7)))
+    assert added_now(one, LATER, 1) == ()
+    assert one.disk.get([entry("a").digest()]) == [entry("a", at=7)]
+
+
+def test_an_intent_keeps_no_promise_waiting() -> None:
+    one = keeper()
+    one.intend([entry("a")], 5.0)
+    reads(one, E5)
+    step = one.next_step(head(E5), 1.0)
+    assert step == Add(key_of(E5), (), ())
+    one.added(step, -1, 1.0)
+    assert one.merged == key_of(E5)
+
+
+def test_an_intent_of_what_is_held_already_changes_nothing() -> None:
+    one = keeper(entry("a"))
+    one.intend([entry("a")], LATER)
+    reads(one, E5)
+    assert added_now(one, 0.0) == (entry("a"),)
+
+
+def test_after_a_restart_an_intent_is_added_at_once() -> None:
+    before = merged()
+    before.intend([entry("a")], LATER)
+    one = Keeper("eu", before.disk)
+    reads(one, E5)
+    assert added_now(one, 0.0) == (entry("a"),)
