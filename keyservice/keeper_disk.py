@@ -33,8 +33,6 @@ __all__ = ["SqliteDisk"]
 FILE: Final = "keeper.sqlite3"
 LOCK: Final = "keeper.lock"
 FORMAT: Final = 1
-GET_BATCH: Final = 500
-"""Far below SQLite's limit of 32,766 variables in one statement."""
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -50,11 +48,14 @@ CREATE TABLE IF NOT EXISTS keys (kid TEXT PRIMARY KEY, record BLOB NOT NULL) WIT
 CREATE TABLE IF NOT EXISTS private (kid TEXT PRIMARY KEY, envelope BLOB NOT NULL) WITHOUT ROWID;
 """
 
-_COLUMNS: Final = "id, kind, issuer, value, before, expires_at, reason, at, region"
 _INSERT: Final = (
-    f"INSERT INTO entries (digest, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "  # nosec B608 - names of ours
+    "INSERT INTO entries (digest, id, kind, issuer, value, before, expires_at, reason, at, region) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
     "ON CONFLICT (digest) DO UPDATE SET at = excluded.at WHERE entries.at = 0 AND excluded.at != 0"
 )
+_SELECT: Final = "SELECT id, kind, issuer, value, before, expires_at, reason, at, region FROM entries "
+_BY_DIGEST: Final = _SELECT + "WHERE digest = ?"
+_BY_ID: Final = _SELECT + "WHERE id = ? ORDER BY n LIMIT 1"
 
 
 class SqliteDisk:
@@ -140,24 +141,13 @@ class SqliteDisk:
 
     def get(self, digests: Sequence[bytes]) -> list[Entry]:
         """The entries with these digests, less those that were dropped meanwhile."""
-        found: list[Entry] = []
-        for start in range(0, len(digests), GET_BATCH):
-            chunk = digests[start : start + GET_BATCH]
-            marks = ", ".join("?" * len(chunk))
-            query = f"SELECT {_COLUMNS} FROM entries WHERE digest IN ({marks}) ORDER BY n"  # nosec B608 - question marks
-            found += (Entry(*row) for row in self._db.execute(query, chunk))
-        return found
+        rows = (self._db.execute(_BY_DIGEST, (digest,)).fetchone() for digest in digests)
+        return [Entry(*row) for row in rows if row is not None]
 
     def find_all(self, entry_ids: Sequence[str]) -> dict[str, Entry]:
         """The first entry under each of these ids."""
-        found: dict[str, Entry] = {}
-        for start in range(0, len(entry_ids), GET_BATCH):
-            chunk = entry_ids[start : start + GET_BATCH]
-            marks = ", ".join("?" * len(chunk))
-            query = f"SELECT {_COLUMNS} FROM entries WHERE id IN ({marks}) ORDER BY n"  # nosec B608 - question marks
-            for row in self._db.execute(query, chunk):
-                found.setdefault(row[0], Entry(*row))
-        return found
+        rows = (self._db.execute(_BY_ID, (entry_id,)).fetchone() for entry_id in entry_ids)
+        return {row[0]: Entry(*row) for row in rows if row is not None}
 
     @property
     def count(self) -> int:

@@ -525,10 +525,12 @@ class Verifier:
     # -- what it knows of itself ----------------------------------------------------------------------------------
 
     def _staleness(self) -> Staleness:
-        if self._mirror is None:
+        """Of the revocations that a verification would be judged by now, not of newer ones on their way to it."""
+        freshness = self._world.freshness
+        if freshness is None:
             return Staleness(None, False, "no_mirror")
         now, mono = self._time(), self._mono()
-        return self._mirror.view.freshness.staleness(now=now, mono=mono, max_staleness_s=self._max_staleness_s)
+        return freshness.staleness(now=now, mono=mono, max_staleness_s=self._max_staleness_s)
 
     def _staleness_s(self) -> float | None:
         return self._staleness().seconds
