@@ -19,7 +19,7 @@ from keyservice.core.evidence import EpochKey, key_of
 from keyservice.core.keepers import Disk, MemoryDisk
 from keyservice.core.rotation import prepare
 from keyservice.errors import KeeperUnavailable, StartError
-from keyservice.keeper_disk import FILE, GET_BATCH, SqliteDisk
+from keyservice.keeper_disk import FILE, SqliteDisk
 from verifier.log import NEVER_EXPIRES, Entry, EpochLink
 from verifier.testing import make_key
 
@@ -90,7 +90,7 @@ def test_when_a_log_took_an_entry_is_filled_in_once_and_stays(disk: Disk) -> Non
 def test_entries_come_back_as_they_are_and_in_the_order_that_they_came(disk: Disk) -> None:
     strange = Entry("i", "sub", "ß", " ünïcode\n\0'\"\\", 7, 2_000_000_000, "…", 12, "eu")
     never = entry("k", kind="kid", expires_at=NEVER_EXPIRES)
-    many = [entry(f"m{n}") for n in range(GET_BATCH + 1)]
+    many = [entry(f"m{n}") for n in range(1_001)]
     disk.store([strange, never, *many], ())
     assert set(held(disk)) == {strange, never, *many}
     assert [e.id for e in disk.get([d.digest() for d in many[:3]])] == ["m0", "m1", "m2"]
@@ -301,7 +301,7 @@ def test_only_what_can_matter_no_more_is_dropped(sqlite: SqliteDisk) -> None:
 
 
 def test_an_id_is_answered_with_its_first_entry(sqlite: SqliteDisk) -> None:
-    many = [entry(f"m{n}") for n in range(GET_BATCH + 1)]
+    many = [entry(f"m{n}") for n in range(1_001)]
     sqlite.store([*many, entry("m0", value="other")], ())
     assert sqlite.find_all([e.id for e in many] + ["none"]) == {e.id: e for e in many}
 
