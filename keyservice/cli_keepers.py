@@ -27,28 +27,27 @@ def list_keepers(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(answer))
         return
-    from rich.console import Console
-    from rich.table import Table
-
     epoch = answer["epoch"]
     if epoch is None:
         print("there is no trust log yet: it begins once every region's keeper runs")
         return
     state = "open" if epoch["open"] else f"closed, {max(answer['missing_to_open'], default=0)} more keepers must merge"
-    table = Table("region", "seat", "keeper", "merged", "holds", "reported", title=f"epoch {epoch['number']}: {state}")
-    for region, report in answer["regions"].items():
-        table.add_row(region, *_row(report))
-    Console().print(table)
+    rows = [("region", "keeper", "seat", "merged", "holds", "reported")]
+    rows += [(region, *_row(report)) for region, report in answer["regions"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    print(f"epoch {epoch['number']}: {state}")
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"a majority of {answer['majority']} holds the log up to {answer['replicated_to'] or 'nothing yet'}")
 
 
 def _row(report: dict[str, Any]) -> tuple[str, ...]:
-    seat = report["seat"] if report["seat"] else "vacant" if report["seat"] == "" else "none"
-    if report["keeper_id"] is None:
-        return (seat, "does not report", "", "", "")
-    keeper = "the same" if report["voter"] else report["keeper_id"]
-    age_s = report["age_ms"] / 1000
-    return (seat, keeper, "yes" if report["merged"] else "no", report["held"], f"{age_s:.1f} s ago")
+    seat, keeper = report["seat"], report["keeper_id"]
+    if keeper is None:
+        return (seat or "nobody", "vacant" if seat == "" else "yes" if seat else "none", "does not report", "", "")
+    held = str(report["held"]).partition(".")[0]
+    has = "yes" if report["voter"] else "vacant" if seat == "" else f"of {seat}" if seat else "none"
+    return (keeper, has, "yes" if report["merged"] else "no", held, f"{report['age_ms'] / 1000:.1f} s ago")
 
 
 def _change(verb: str, as_json: bool, **body: object) -> None:

@@ -17,13 +17,17 @@ from rich.table import Table
 
 __all__ = ["Reporter"]
 
+PIPE_COLUMNS = 160
+"""Wide enough for every table of ours: nothing is cut off in a file or a pipe."""
+
 
 class Reporter:
     """Prints progress, and remembers whether every check held."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self._json = as_json
-        self._console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        terminal = sys.stdout.isatty()
+        self._console = Console(highlight=False, soft_wrap=not terminal, width=None if terminal else PIPE_COLUMNS)
         self.failed: list[str] = []
         self.checks = 0
 
