@@ -12,7 +12,9 @@ keep everything held, read the log again from its first entry, and take the unio
     at P         entry P + 1, or entry 0 of an epoch that      position there
                  names P as its predecessor
     at P         anything else                                :class:`Reread` (``hole`` or ``fork``)
-    at P         a round's meta, epoch and last id            :class:`Reread` if they contradict P
+    at P         a round's meta, epoch and last id            :class:`Reread` if they contradict P: another
+                                                              incarnation, a rewind, a trim, or an epoch whose history
+                                                              forked off before P
     re-reading   a gap that is in the log itself              taken over it; the epoch's beats do not count
     re-reading   a gap that an earlier epoch had recorded     taken over it: the regions have answered with this epoch
 
@@ -144,7 +146,21 @@ class Reader:
             raise Reread("nonce")
         if self.holed_nonce is not None and epoch.nonce != self.holed_nonce:
             raise Reread("next_epoch")
+        if self.holed_nonce is None and _forked_before(epoch, last):
+            raise Reread("fork")
         self.meta, self.epoch = meta, epoch
+
+
+def _forked_before(epoch: Epoch, position: Position) -> bool:
+    """Whether this history left the position's epoch before it came to the position.
+
+    A blocked read is not woken when the server takes over another history, and answers that there is nothing new: only
+    the chain then says that what was read beyond the fork is not in this log.
+    """
+    later = [link for link in epoch.chain if link.number > position.epoch]
+    if not later or later[0].previous is None:
+        return bool(later)
+    return Position.parse(later[0].previous)[:2] < position[:2]
 
 
 def _trimmed_past(meta: Meta, position: Position) -> bool:
