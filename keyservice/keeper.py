@@ -393,7 +393,7 @@ class KeeperRunner(LogListener):
         wanted = [entry for entries, _ in batch for entry in entries]
         try:
             stored = iter(await self.in_thread(lambda: self._intend(wanted)))
-        except KeeperUnavailable as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait for it are told
             for _, done in batch:
                 if not done.done():
                     done.set_exception(error)
