@@ -5,7 +5,8 @@ asks for the next step, a thread of the pool stores writers' intents, and the lo
 without waiting for the answers to earlier ones, because far from the primary an answer takes as long as everything else
 together; other steps go out one at a time. A step that fails is decided again at the next round.
 
-While the disk cannot be written, what was read is kept in memory and nothing is reported: *held* means on disk.
+While the disk cannot be written, what was read is kept in memory and nothing is reported: *held* means on disk. It is
+kept no longer than the reading that showed it, because a later one may be of a history that lacks it.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ class KeeperRunner(LogListener):
         with self._lock:
             with suppress(KeeperUnavailable):  # said by the next write
                 self._drop_expired()
+            self._save()
+            self._unsaved.clear()  # shown by another reading, perhaps of another history: this one has yet to show it
             self._head, self._absent = None, False
             self._keeper.begin()
 
@@ -393,7 +396,7 @@ class KeeperRunner(LogListener):
         wanted = [entry for entries, _ in batch for entry in entries]
         try:
             stored = iter(await self.in_thread(lambda: self._intend(wanted)))
-        except KeeperUnavailable as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait for it are told
             for _, done in batch:
                 if not done.done():
                     done.set_exception(error)

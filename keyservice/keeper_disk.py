@@ -62,7 +62,7 @@ class SqliteDisk:
     """A :class:`~keyservice.core.keepers.Disk` in a directory of its own, made if need be (mode 0700).
 
     Raises :class:`StartError` if it cannot be opened or another process has it, and
-    :class:`KeeperUnavailable` (``keeper_disk``) from every write that could not be made.
+    :class:`KeeperUnavailable` (``keeper_disk``) from every read and every write that could not be made.
     """
 
     def __init__(self, directory: Path, *, region: str) -> None:
@@ -137,17 +137,17 @@ class SqliteDisk:
 
     def digests(self) -> Iterable[bytes]:
         """Of all entries, the oldest first."""
-        return [digest for (digest,) in self._db.execute("SELECT digest FROM entries ORDER BY n")]
+        return [digest for (digest,) in self._rows("SELECT digest FROM entries ORDER BY n")]
 
     def get(self, digests: Sequence[bytes]) -> list[Entry]:
         """The entries with these digests, less those that were dropped meanwhile."""
-        rows = (self._db.execute(_BY_DIGEST, (digest,)).fetchone() for digest in digests)
-        return [Entry(*row) for row in rows if row is not None]
+        rows = (row for digest in digests for row in self._rows(_BY_DIGEST, (digest,)))
+        return [Entry(*row) for row in rows]
 
     def find_all(self, entry_ids: Sequence[str]) -> dict[str, Entry]:
         """The first entry under each of these ids."""
-        rows = (self._db.execute(_BY_ID, (entry_id,)).fetchone() for entry_id in entry_ids)
-        return {row[0]: Entry(*row) for row in rows if row is not None}
+        rows = (row for entry_id in entry_ids for row in self._rows(_BY_ID, (entry_id,)))
+        return {row[0]: Entry(*row) for row in rows}
 
     @property
     def count(self) -> int:
@@ -156,12 +156,12 @@ class SqliteDisk:
 
     def keys(self) -> dict[str, KeyRecord]:
         """The furthest record of each key, by kid."""
-        rows = self._db.execute("SELECT kid, record FROM keys")
+        rows = self._rows("SELECT kid, record FROM keys")
         return {kid: msgspec.json.decode(record, type=KeyRecord) for kid, record in rows}
 
     def private(self) -> dict[str, bytes]:
         """This region's wrapped private keys, by kid."""
-        return dict(self._db.execute("SELECT kid, envelope FROM private"))
+        return dict(self._rows("SELECT kid, envelope FROM private"))
 
     # -- writes ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +204,8 @@ class SqliteDisk:
         with self._transaction():
             query = "DELETE FROM entries WHERE expires_at != ? AND expires_at < ?"
             dropped = self._db.execute(query, (NEVER_EXPIRES, limit)).rowcount
-        self._count = self._counted()
+            count = self._counted()
+        self._count = count
         return dropped
 
     def drop_links(self, keys: Iterable[EpochKey]) -> None:
@@ -239,6 +240,12 @@ class SqliteDisk:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise KeeperUnavailable("keeper_disk", f"the keeper's disk cannot be written ({error})") from None
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        try:
+            return self._db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise KeeperUnavailable("keeper_disk", f"the keeper's disk cannot be read ({error})") from None
 
     def _last_n(self) -> int:
         (last,) = self._db.execute("SELECT max(n) FROM entries").fetchone()

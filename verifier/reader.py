@@ -12,7 +12,9 @@ keep everything held, read the log again from its first entry, and take the unio
     at P         entry P + 1, or entry 0 of an epoch that      position there
                  names P as its predecessor
     at P         anything else                                :class:`Reread` (``hole`` or ``fork``)
-    at P         a round's meta, epoch, last id and length    :class:`Reread` if they contradict P
+    at P         a round's meta, epoch, last id and length    :class:`Reread` if they contradict P: another
+                                                              incarnation, a rewind, a trim, a deletion, or an epoch
+                                                              whose history forked off before P
     re-reading   a gap that is in the log itself              taken over it; the epoch's beats do not count
 
 A gap in the log itself stains the epoch in which it is met: somewhere in it may be an entry that was acknowledged, so
@@ -194,8 +196,8 @@ class Reader:
             raise Reread("rewind")
         if _trimmed_past(meta, last):
             raise Reread("trimmed")
-        if epoch.nonce_of(last.epoch) != last.nonce and self.holed_nonce is None:
-            raise Reread("nonce")
+        if self.holed_nonce is None:
+            _check_history(epoch, last)
         if length is not None and last_id == last[:2] and length < self._left_after(meta.trimmed_to):
             raise Reread("deleted")
         if self.holed_nonce is not None:
@@ -238,6 +240,26 @@ class Reader:
 def _before(position: Position) -> _Id:
     """The last stream id that is missing before this one, or more."""
     return (position.epoch, position.seq - 1) if position.seq else position[:2]
+
+
+def _check_history(epoch: Epoch, position: Position) -> None:
+    """Raises :class:`Reread` if the position is not part of this epoch's history."""
+    if epoch.nonce_of(position.epoch) != position.nonce:
+        raise Reread("nonce")
+    if _forked_before(epoch, position):
+        raise Reread("fork")
+
+
+def _forked_before(epoch: Epoch, position: Position) -> bool:
+    """Whether this history left the position's epoch before it came to the position.
+
+    A blocked read is not woken when the server takes over another history, and answers that there is nothing new: only
+    the chain then says that what was read beyond the fork is not in this log.
+    """
+    later = [link for link in epoch.chain if link.number > position.epoch]
+    if not later or later[0].previous is None:
+        return bool(later)
+    return Position.parse(later[0].previous)[:2] < position[:2]
 
 
 def _trimmed_past(meta: Meta, position: Position) -> bool:

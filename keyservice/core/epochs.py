@@ -3,7 +3,7 @@
 A script refuses with one of these words, and has then changed nothing:
 
     TRUST_NOT_PRIMARY   the server is a replica: writes cannot go there at all
-    TRUST_NO_EPOCH      no epoch yet, or none any more: for the keepers to begin one, and for writers to wait
+    TRUST_NO_EPOCH      no epoch or no log yet, or none any more: for the keepers to begin one, and for writers to wait
     TRUST_REPLID        the server drew a new replication id, by a restart, a promotion or its first replica: its
                         history may have forked, so the next write needs a new epoch, made by compare-and-set
     TRUST_EPOCH         somebody else has opened another epoch: read it and go on

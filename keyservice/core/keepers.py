@@ -246,7 +246,7 @@ class Keeper:
     def appended(self, epoch: EpochKey, entries: Iterable[Entry]) -> None:
         """A writer appended these intents in this epoch: they need not be added once more."""
         if self._added_in == epoch:
-            self._added.update(entry.digest() for entry in entries)
+            self._note_added(entries)
 
     def given_up(self, entries: Iterable[Entry]) -> None:
         """A writer could not append these intents: they are this keeper's now."""
@@ -323,12 +323,16 @@ class Keeper:
             return
         if self._added_in != add.seen:
             self._added_in, self._added = add.seen, set()
-        self._added.update(entry.digest() for entry in add.entries)
+        self._note_added(add.entries)
         if not add.complete or self._merged == add.seen:
             return
         if self._pass == add.seen and not self._lacking(add.seen, mono):
             self.disk.make_promise(add.seen)
             self._merged, self._merged_beat = add.seen, beat_n
+
+    def _note_added(self, entries: Iterable[Entry]) -> None:
+        """On their way to the replica, unless it has shown them meanwhile."""
+        self._added.update(digest for entry in entries if (digest := entry.digest()) in self._missing)
 
     # -- reporting ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@ local refusal = check_epoch(KEYS[2], ARGV[1], ARGV[2])
 if refusal then
   return refusal
 end
+if redis.call('EXISTS', KEYS[1]) == 0 then  -- a new one would begin at 0 again, at places that keepers have reported
+  return redis.error_reply('TRUST_NO_EPOCH there is no log')
+end
 
 -- KIND_FORMATS of verifier/log.py. A kind that readers need not know yet would be skipped by some of them in silence.
 local kind_formats = {all = 1, client = 1, epoch = 1, jti = 1, kid = 1, sid = 1, sub = 1, tok = 1}

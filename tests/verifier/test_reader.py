@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.verifier.support import NONCE, NONCE_2, entry
@@ -15,13 +16,16 @@ from verifier.reader import Raw, Reader, Reread
 META = Meta("i", None, 1, 1, 86_400)
 
 
-def epoch_of(*links: tuple[int, str], opened: bool = False) -> Epoch:
+def epoch_of(*links: tuple[int, str], opened: bool = False, previous: str | None = None) -> Epoch:
+    """Where the chain has two links or more, the last one follows ``previous``."""
     chain = tuple(EpochLink(number, nonce, None, {}, opened) for number, nonce in links)
+    chain = (*chain[:-1], msgspec.structs.replace(chain[-1], previous=previous))
     number, nonce = links[-1]
     return Epoch(number, nonce, "r", opened, Generation(number, 0), chain)
 
 
-ONE, TWO = epoch_of((1, NONCE)), epoch_of((1, NONCE), (2, NONCE_2))
+ONE = epoch_of((1, NONCE))
+TWO = epoch_of((1, NONCE), (2, NONCE_2), previous=f"1-5.{NONCE}")
 
 
 def raw(stream_id: str, kind: str = "jti", value: str | None = None, **fields: Any) -> Raw:
@@ -200,6 +204,16 @@ def check(read: Reader, *, meta: Meta = META, epoch: Epoch = ONE, last: tuple[in
     except Reread as reread:
         return reread.reason
     return None
+
+
+@pytest.mark.parametrize(
+    ("previous", "reason"), [(f"1-6.{NONCE}", None), (f"1-5.{NONCE}", None), (f"1-4.{NONCE}", "fork"), (None, "fork")]
+)
+def test_an_epoch_that_began_before_the_position_has_not_what_was_read_since(
+    previous: str | None, reason: str | None
+) -> None:
+    later = epoch_of((1, NONCE), (2, NONCE_2), previous=previous)
+    assert check(at(), epoch=later, last=(2, 0)) == reason
 
 
 @pytest.mark.parametrize("last", [(1, 5), (1, 6), (2, 0)])
