@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "jwt_secret": HS256_SECRET,
             "clients_file": clients_file,
             "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
+            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending
         }
         return load_settings(**{**given, **overrides})
 
@@ -105,6 +107,12 @@ def two_instances(run_dir: Path, make_settings: Callable[..., Settings]) -> Call
         )
 
     return make
+
+
+@pytest.fixture
+def impatient(make_settings: Callable[..., Settings]) -> Callable[..., Settings]:
+    """Settings with which a receipt that stays pending is soon given."""
+    return partial(make_settings, receipt_wait_ms=300)
 
 
 StartService = Callable[[Settings], Any]

@@ -219,3 +219,62 @@ async def _served(app: ASGIApp, uds: Path) -> AsyncIterator[None]:
         server.should_exit = True
         await task
         sock.close()
+
+
+class Proxy:
+    """Stands between a service and its primary: cut off, or taking in what is sent and giving no answer."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path, self._target = path, target
+        self.eats_answers = False
+        self._server: asyncio.Server | None = None
+        self._pipes: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.path}"
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_unix_server(self._accept, self.path)
+
+    async def cut(self) -> None:
+        """Refuse connections, and end those there are."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.path.unlink(missing_ok=True)
+        for pipe in list(self._pipes):
+            pipe.cancel()
+        if self._pipes:
+            await asyncio.wait(self._pipes)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._pipes.add(task)
+        try:
+            there, back = await asyncio.open_unix_connection(self._target)
+            try:
+                pumps = [
+                    asyncio.create_task(self._pump(reader, back, answers=False)),
+                    asyncio.create_task(self._pump(there, writer, answers=True)),
+                ]
+                try:
+                    await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for pump in pumps:
+                        pump.cancel()
+                    await asyncio.gather(*pumps, return_exceptions=True)
+            finally:
+                back.close()
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            self._pipes.discard(task)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool) -> None:
+        while data := await source.read(65_536):
+            if not (answers and self.eats_answers):
+                sink.write(data)
+                await sink.drain()
