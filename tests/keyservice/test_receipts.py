@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
-import anyio
 import pytest
 
 from keyservice.limits import BULK_REVOCATIONS_MAX
-from keyservice.settings import Settings
-from tests.keyservice.support import Running, Server
-from tests.keyservice.three import REGIONS, Three
+from tests.keyservice.support import Running, Server, eventually
+from tests.keyservice.three import REGIONS, StartThree
 from verifier.log import Position
-
-StartThree = Callable[..., Awaitable[Three]]
-
-
-@pytest.fixture
-async def start_three(
-    run_dir: Path, start_server: Callable[..., Server], make_settings: Callable[..., Settings], start_service: Any
-) -> AsyncIterator[StartThree]:
-    """``await start_three(receipt_wait_ms=300)``: all three regions, ready."""
-    made: list[Three] = []
-
-    async def start(**overrides: Any) -> Three:
-        three = Three(run_dir, start_server, make_settings, start_service, **overrides)
-        made.append(three)
-        await three.start(*REGIONS)
-        return three
-
-    yield start
-    for three in made:
-        await three.stop(*list(three.running))
-        await three.close()
 
 
 def jti(name: str, **members: Any) -> dict[str, Any]:
@@ -76,11 +51,7 @@ async def test_without_a_majority_it_is_pending_until_one_returns(start_three: S
     assert answer.json()["durability"] == "pending"
     assert answer.json()["position"] is not None, "it is in the log, and that is not enough"
     assert "trust-position" not in answer.headers
-    later = await three.receipt("eu", "one")
-    with anyio.fail_after(60):
-        while not later.json()["regions"]["eu"]:
-            await anyio.sleep(0.05)
-            later = await three.receipt("eu", "one")
+    later = await eventually(lambda: three.receipt("eu", "one"), lambda answer: answer.json()["regions"]["eu"])
     assert later.json()["durability"] == "pending"
     assert later.json()["regions"] == {"eu": True, "us": False, "ap": False}
     assert "trust-position" not in later.headers

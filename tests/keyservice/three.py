@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import anyio
-
 from keyservice.settings import Settings
-from tests.keyservice.support import Proxy, Running, Server
-from verifier.log import LOG_KEY
+from tests.keyservice.support import Proxy, Running, Server, eventually
+from verifier.log import LOG_KEY, region_key
 
-__all__ = ["REGIONS", "Three"]
+__all__ = ["REGIONS", "StartThree", "Three"]
 
 REGIONS = ("eu", "us", "ap")
 """The primary's server is eu's."""
@@ -88,17 +87,31 @@ class Three:
         self, region: str, entry_id: str, also: Callable[[dict[str, Any]], bool] = lambda _: True
     ) -> dict[str, Any]:
         """The receipt there, once it says so, and what else is wanted of it."""
-        with anyio.fail_after(60):
-            while True:
-                answer = await self.receipt(region, entry_id)
-                done = answer.status_code == 200 and answer.json()["durability"] == "replicated"
-                if done and also(answer.json()):
-                    found: dict[str, Any] = answer.json()
-                    return found
-                await anyio.sleep(0.05)
+
+        def done(answer: Any) -> bool:
+            return answer.status_code == 200 and answer.json()["durability"] == "replicated" and also(answer.json())
+
+        found: dict[str, Any] = (await eventually(lambda: self.receipt(region, entry_id), done)).json()
+        return found
+
+    async def until_all(self, condition: Callable[[Running], Any]) -> None:
+        """Wait until it holds in every region."""
+        for running in self.running.values():
+            await running.until(lambda running=running: condition(running), 60)  # type: ignore[misc]
 
     def log(self, region: str = "eu") -> list[str]:
         """The ids of all revocations that a region's server holds, in their order."""
         with self.servers[region].client() as client:
             entries = client.xrange(LOG_KEY)
         return [fields[b"id"].decode() for _, fields in entries if fields[b"kind"] != b"epoch"]
+
+    async def replace_disk(self, region: str) -> None:
+        """The region's keeper goes with its disk; a new one starts on an empty directory."""
+        await self.stop(region)
+        shutil.rmtree(self.settings[region].keeper_dir)  # type: ignore[arg-type]
+        with self.servers["eu"].client() as client:
+            client.hincrby(region_key(region), "at", -60_000)  # as if the old one were silent for a minute
+        self.running[region] = await self._start_service(self.settings[region], ready=False)
+
+
+StartThree = Callable[..., Awaitable[Three]]
