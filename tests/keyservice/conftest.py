@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.keyservice.support import (
     Server,
     running_service,
 )
+from tests.keyservice.three import REGIONS, StartThree, Three
 
 
 @pytest.fixture
@@ -65,6 +68,26 @@ def clients_file(run_dir: Path) -> Path:
 
 
 @pytest.fixture
+def environment(run_dir: Path, clients_file: Path) -> dict[str, str]:
+    """A whole environment but for Redis."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return inherited | {
+        "KEYSERVICE_PROFILE": "demo",
+        "KEYSERVICE_ISSUER": ISSUER,
+        "KEYSERVICE_REGION": "eu-west-1",
+        "KEYSERVICE_KEK": KEK,
+        "KEYSERVICE_CLIENTS_FILE": str(clients_file),
+        "KEYSERVICE_UDS": str(run_dir / "public.sock"),
+        "KEYSERVICE_ADMIN_UDS": str(run_dir / "admin.sock"),
+        "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
+        "KEYSERVICE_START_TIMEOUT_S": "0.5",
+        "KEYSERVICE_REDIS_URL": f"unix://{run_dir / 'redis.sock'}",
+        "JWT_SECRET": "a shared secret of the old days, 32 bytes or more",
+        "PYTHONWARNINGS": "error",
+    }
+
+
+@pytest.fixture
 def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
     """Settings of one region in the demo profile; every one can be replaced."""
     for name in ("REDIS_ADDR", "REDIS_USERNAME", "REDIS_PASSWORD", "JWT_SECRET"):
@@ -80,6 +103,7 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "jwt_secret": HS256_SECRET,
             "clients_file": clients_file,
             "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
+            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending
         }
         return load_settings(**{**given, **overrides})
 
@@ -107,6 +131,12 @@ def two_instances(run_dir: Path, make_settings: Callable[..., Settings]) -> Call
     return make
 
 
+@pytest.fixture
+def impatient(make_settings: Callable[..., Settings]) -> Callable[..., Settings]:
+    """Settings with which a receipt that stays pending is soon given."""
+    return partial(make_settings, receipt_wait_ms=300)
+
+
 StartService = Callable[[Settings], Any]
 
 
@@ -129,3 +159,22 @@ async def running(server: Server, make_settings: Callable[..., Settings], start_
     """One region, started and ready."""
     started: Running = await start_service(make_settings(server.url))
     return started
+
+
+@pytest.fixture
+async def start_three(
+    run_dir: Path, start_server: Callable[..., Server], make_settings: Callable[..., Settings], start_service: Any
+) -> AsyncIterator[StartThree]:
+    """``await start_three(receipt_wait_ms=300)``: all three regions, ready."""
+    made: list[Three] = []
+
+    async def start(**overrides: Any) -> Three:
+        three = Three(run_dir, start_server, make_settings, start_service, **overrides)
+        made.append(three)
+        await three.start(*REGIONS)
+        return three
+
+    yield start
+    for three in made:
+        await three.stop(*list(three.running))
+        await three.close()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import redis
@@ -27,6 +28,7 @@ from keyservice.keeper import KeeperRunner
 from keyservice.serve import _listen_unix as listen_unix
 from keyservice.serve import _server as server_for
 
+T = TypeVar("T")
 ISSUER = "https://id.test"
 KEK = base64.b64encode(b"k" * 32).decode()
 KEEPER_SECRET = "what API instances show their region's keeper"
@@ -66,6 +68,12 @@ scopes = ["keyservice:revocations:read"]
 audiences = ["{ISSUER}/admin"]
 
 [[clients]]
+client_id = "watcher"
+secret_hash = "{SECRET_HASH}"
+scopes = ["keyservice:regions:read"]
+audiences = ["{ISSUER}/admin"]
+
+[[clients]]
 client_id = "web"
 secret_hash = "{SECRET_HASH}"
 scopes = ["orders:read", "profile"]
@@ -80,6 +88,15 @@ def until(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
     return result
+
+
+async def eventually(ask: Callable[[], Awaitable[T]], wanted: Callable[[T], Any], timeout_s: float = 60) -> T:
+    """Ask until the answer is as wanted, and give it; fail when it takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while not wanted(answer := await ask()):
+        assert time.monotonic() < deadline, f"it did not happen in time; the last answer was {answer}"
+        await asyncio.sleep(0.05)
+    return answer
 
 
 @dataclass
@@ -135,6 +152,26 @@ class Server:
             self.process.wait()
             self.process = None
             self.socket.unlink(missing_ok=True)
+
+
+def http(path: Path) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keyservice.test")
+
+
+def listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+def is_ready(client: httpx.Client, path: Path | None = None) -> bool:
+    """Signing, and in an open epoch."""
+    if path is not None and not listens(path):
+        return False  # httpx would leave a socket open
+    try:
+        answer = client.get("/readyz")
+        return answer.status_code == 200 and "epoch_closed" not in answer.json()["warnings"]
+    except httpx.HTTPError:
+        return False
 
 
 @dataclass
@@ -219,3 +256,62 @@ async def _served(app: ASGIApp, uds: Path) -> AsyncIterator[None]:
         server.should_exit = True
         await task
         sock.close()
+
+
+class Proxy:
+    """Stands between a service and its primary: cut off, or taking in what is sent and giving no answer."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        self.path, self._target = path, target
+        self.eats_answers = False
+        self._server: asyncio.Server | None = None
+        self._pipes: set[asyncio.Task[None]] = set()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.path}"
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_unix_server(self._accept, self.path)
+
+    async def cut(self) -> None:
+        """Refuse connections, and end those there are."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.path.unlink(missing_ok=True)
+        for pipe in list(self._pipes):
+            pipe.cancel()
+        if self._pipes:
+            await asyncio.wait(self._pipes)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._pipes.add(task)
+        try:
+            there, back = await asyncio.open_unix_connection(self._target)
+            try:
+                pumps = [
+                    asyncio.create_task(self._pump(reader, back, answers=False)),
+                    asyncio.create_task(self._pump(there, writer, answers=True)),
+                ]
+                try:
+                    await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for pump in pumps:
+                        pump.cancel()
+                    await asyncio.gather(*pumps, return_exceptions=True)
+            finally:
+                back.close()
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            self._pipes.discard(task)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool) -> None:
+        while data := await source.read(65_536):
+            if not (answers and self.eats_answers):
+                sink.write(data)
+                await sink.drain()

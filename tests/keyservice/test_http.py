@@ -312,7 +312,10 @@ async def test_revocations_are_read_back_page_by_page(running: Running) -> None:
 # -- outages ----------------------------------------------------------------------------------------------------------
 
 
-async def test_without_the_primary_writes_say_so_and_memory_goes_on(running: Running, server: Server) -> None:
+async def test_without_the_primary_writes_say_so_and_memory_goes_on(
+    server: Server, impatient: Callable[..., Settings], start_service: Any
+) -> None:
+    running = await start_service(impatient(server.url))
     headers = await running.bearer()
     session = (
         await running.admin.post(
@@ -343,7 +346,10 @@ async def test_without_the_primary_writes_say_so_and_memory_goes_on(running: Run
     assert "primary_unreachable" in ready.json()["warnings"]
 
 
-async def test_a_write_without_an_answer_is_pending_and_never_failed(running: Running, server: Server) -> None:
+async def test_a_write_without_an_answer_is_pending_and_never_failed(
+    server: Server, impatient: Callable[..., Settings], start_service: Any
+) -> None:
+    running = await start_service(impatient(server.url))
     headers = await running.bearer()
     with server.stopped():
         body = {"kind": "jti", "value": "a", "id": "one"}

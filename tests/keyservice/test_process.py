@@ -18,30 +18,10 @@ import pytest
 from keyservice.clients import Authenticator, hash_secret, load_clients
 from keyservice.errors import SettingError
 from keyservice.settings import Settings
-from tests.keyservice.support import ISSUER, KEK, Server, until
+from tests.keyservice.support import Server, http, is_ready, until
 from verifier.limits import JWKS_KEYS_MAX
 
 Spawn = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def environment(run_dir: Path, clients_file: Path) -> dict[str, str]:
-    """A whole environment but for Redis."""
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return inherited | {
-        "KEYSERVICE_PROFILE": "demo",
-        "KEYSERVICE_ISSUER": ISSUER,
-        "KEYSERVICE_REGION": "eu-west-1",
-        "KEYSERVICE_KEK": KEK,
-        "KEYSERVICE_CLIENTS_FILE": str(clients_file),
-        "KEYSERVICE_UDS": str(run_dir / "public.sock"),
-        "KEYSERVICE_ADMIN_UDS": str(run_dir / "admin.sock"),
-        "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
-        "KEYSERVICE_START_TIMEOUT_S": "0.5",
-        "KEYSERVICE_REDIS_URL": f"unix://{run_dir / 'redis.sock'}",
-        "JWT_SECRET": "a shared secret of the old days, 32 bytes or more",
-        "PYTHONWARNINGS": "error",
-    }
 
 
 @pytest.fixture
@@ -77,26 +57,6 @@ def complaint(child: subprocess.Popen[str], exit_code: int, timeout_s: float = 6
     assert lines[0].startswith("keyservice: error [")
     assert "Traceback" not in errors
     return lines[0]
-
-
-def http(path: Path) -> httpx.Client:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keyservice.test")
-
-
-def listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
-
-
-def is_ready(client: httpx.Client, path: Path | None = None) -> bool:
-    """Signing, and in an open epoch."""
-    if path is not None and not listens(path):
-        return False  # httpx would leave a socket open
-    try:
-        answer = client.get("/readyz")
-        return answer.status_code == 200 and "epoch_closed" not in answer.json()["warnings"]
-    except httpx.HTTPError:
-        return False
 
 
 def test_it_serves_and_ends_on_sigterm(server: Server, spawn: Spawn, environment: dict[str, str]) -> None:
