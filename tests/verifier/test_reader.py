@@ -273,7 +273,8 @@ def test_a_gap_that_may_be_younger_than_the_next_epoch_stains_that_too() -> None
 
 
 def test_a_gap_that_does_not_stain_is_open_until_an_epoch_that_began_later_or_names_it() -> None:
-    for later in (TWO, replace(epoch_of((1, NONCE), (2, NONCE_2), (3, "3" * 16)), number=3, nonce="3" * 16)):
+    third = EpochLink(3, "3" * 16, f"2-0.{NONCE_2}", {}, False)
+    for later in (TWO, replace(TWO, number=3, nonce=third.nonce, chain=(*TWO.chain, third))):
         read = reader(held=Position(1, 4, NONCE))
         read.accept(HOLED)
         assert (read.holed_nonce, read.open_gaps) == (None, {THE_GAP})
