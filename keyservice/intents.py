@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Protocol
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -109,7 +110,7 @@ class KeeperClient:
     async def find(self, entry_id: str) -> Entry | None:
         """Raises :class:`KeeperUnavailable`."""
         try:
-            answer = await self._http.get(f"/keeper/entries/{entry_id}")
+            answer = await self._http.get(f"/keeper/entries/{quote(entry_id, safe='')}")
         except httpx.HTTPError:
             raise KeeperUnavailable from None
         if answer.status_code == 404:

@@ -81,6 +81,7 @@ class KeeperRunner(LogListener):
         self._protocol = Protocol()
         self._lock = threading.Lock()
         self._keeper = Keeper(region, disk)
+        self._begun = True
         self._unsaved: list[tuple[Position, Entry]] = []
         self._head: LogHead | None = None
         self._absent = False
@@ -149,17 +150,30 @@ class KeeperRunner(LogListener):
             self._save()
             self._unsaved.clear()  # shown by another reading, perhaps of another history: this one has yet to show it
             self._head, self._absent = None, False
+            self._begin()
+
+    def _begin(self) -> None:
+        """A disk that cannot be read keeps the keeper from taking part, and this process's mirror from nothing."""
+        try:
             self._keeper.begin()
+        except KeeperUnavailable as error:
+            self._begun, self.problem = False, error.code
+        else:
+            self._begun = True
 
     def entries(self, accepted: list[tuple[Position, Entry]]) -> None:
         """Entries to store."""
         with self._lock:
-            self._unsaved += accepted
-            self._save()
+            if self._begun:
+                self._unsaved += accepted
+                self._save()
 
     def round(self, state: Round) -> None:
         """The log was read to its end: time for the next step."""
         with self._lock:
+            if not self._begun:
+                self.disk.check()  # once it can be read, the log has to be, from its first entry
+                raise KeeperUnavailable("keeper_disk", "the keeper's disk can be read again")
             if not self._save(state):
                 return
             holed = bool(state.open_gaps)  # also one that this mirror lacks nothing of: others will start later
@@ -245,12 +259,15 @@ class KeeperRunner(LogListener):
         except (StoreError, KeeperUnavailable) as error:
             _log.info("keeper's step not taken", step=type(step).__name__, code=error.code)
         except StartError as error:
-            self._aside_until_mono = time.monotonic() + KEEPER_ALIVE_S
-            _log.error("keeper stands aside", code=error.code, error=str(error))
+            self._stand_aside(str(error))
         finally:
             self._stepping = False
         if again:
             await self._decide()
+
+    def _stand_aside(self, why: str) -> None:
+        self._aside_until_mono = time.monotonic() + KEEPER_ALIVE_S
+        _log.error("keeper stands aside", code="region_has_keeper", error=why)
 
     async def _take(self, step: Step) -> bool:
         """True if there may be something to do at once."""
@@ -281,12 +298,12 @@ class KeeperRunner(LogListener):
         report = evidence.reports.get(self._region)
         if report is not None and report.keeper_id != self.disk.keeper_id:
             age_s = await self._age_s(node, evidence)
-            if age_s <= KEEPER_ALIVE_S:
+            if abs(age_s) <= KEEPER_ALIVE_S:  # a clock that was wild once must not keep everybody out
                 message = (
                     f"keeper {report.keeper_id} of this region reported {age_s:.1f} s ago: a region has exactly one"
                 )
                 raise StartError("region_has_keeper", f"{message}; stop it, and wait {KEEPER_ALIVE_S:g} s")
-        if report is not None and report.keeper_id == self.disk.keeper_id and report.commit > self.disk.commit:
+        if report is not None and report.keeper_id == self.disk.keeper_id and report.commit > self.disk.opened_commit:
             old = self.disk.keeper_id
             await self.in_thread(self.disk.become_another)
             _log.error("this disk is an old copy: the keeper takes a new id", old=old, new=self.disk.keeper_id)
@@ -326,6 +343,8 @@ class KeeperRunner(LogListener):
         except StoreError as error:
             outcome = error.code
             self._sent = None
+            if error.code == "TRUST_KEEPER":
+                self._stand_aside("another keeper of this region reports: a region has exactly one")
         finally:
             self._reporting -= 1
             self._metrics.keeper_reports.labels(outcome).inc()

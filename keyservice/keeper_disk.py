@@ -88,6 +88,8 @@ class SqliteDisk:
         self._first_use(region)
         self._links = {key_of(link): link for link in self._read_links()}
         self._count = self._counted()
+        self.opened_commit = self.commit
+        """``commit`` as it was found."""
 
     def _first_use(self, region: str) -> None:
         if "keeper_id" not in self._facts:
@@ -134,6 +136,10 @@ class SqliteDisk:
     def min_reader_format(self) -> int:
         """The highest that any log asked for."""
         return int(self._facts.get("min_reader_format", 1))
+
+    def check(self) -> None:
+        """Raises :class:`KeeperUnavailable` while entries cannot be read."""
+        self._rows("SELECT digest FROM entries LIMIT 1")
 
     def digests(self) -> Iterable[bytes]:
         """Of all entries, the oldest first."""

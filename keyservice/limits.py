@@ -12,6 +12,9 @@ BODY_BYTES_MAX: Final = 65_536
 BULK_BODY_BYTES_MAX: Final = 16_777_216
 """10,000 revocations with the longest values and reasons (256 bytes each), escaped."""
 
+KEEPER_BODY_BYTES_MAX: Final = 4 * BULK_BODY_BYTES_MAX
+"""The same revocations as entries, with every field, and the keeper's names for them."""
+
 BULK_REVOCATIONS_MAX: Final = 10_000
 """About 20 ms of the primary's time in scripts of 1,000; more is several requests."""
 

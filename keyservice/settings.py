@@ -57,7 +57,10 @@ DEMO_LEADS_S: Final = {3: 5, 6: 11, 16: 36}
 """The publish lead of the profile ``demo``, by the highest number of regions for which it does: more regions together
 must rotate more slowly, so that a key set stays within what verifiers take."""
 
-_REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
+REGION: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}\Z")
+_SECRET: Final = re.compile(rf"[!-~]{{{KEEPER_SECRET_CHARS_MIN},}}\Z")
+"""It travels in an HTTP header."""
+
 _HINTS: Final = {
     "missing": "is not set",
     "bool_parsing": "is neither true nor false",
@@ -212,14 +215,14 @@ class Settings(BaseSettings):
         if is_sentinel_url(self.redis_url):
             raise _Named("KEYSERVICE_REDIS_URL", "names Sentinels: name this region's own server")
         for name in (self.region, *self.regions):
-            if not _REGION.match(name):
-                raise _Named("KEYSERVICE_REGIONS", "has a name that is not of a-z, 0-9 and -")
+            if not REGION.match(name):
+                raise _Named("KEYSERVICEREGIONS", "has a name that is not of a-z, 0-9 and -")
         if self.regions and self.region not in self.regions:
-            raise _Named("KEYSERVICE_REGIONS", "does not list KEYSERVICE_REGION")
+            raise _Named("KEYSERVICEREGIONS", "does not list KEYSERVICEREGION")
         if self.bootstrap_region is not None and self.bootstrap_region not in self.all_regions:
-            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not one of KEYSERVICE_REGIONS")
+            raise _Named("KEYSERVICE_BOOTSTRAPREGION", "is not one of KEYSERVICEREGIONS")
         if len(self.all_regions) > 1 and self.bootstrap_region is None:
-            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not set: with several regions one starts the trust log")
+            raise _Named("KEYSERVICE_BOOTSTRAPREGION", "is not set: with several regions one starts the trust log")
 
     def _check_keeper(self) -> None:
         """Each role needs its own; whatever it has no use for is more than it should be told."""
@@ -236,8 +239,9 @@ class Settings(BaseSettings):
         secret = self.keeper_secret
         if (self.role == "api" or self.keeper_listens) and secret is None:
             raise _Named("KEYSERVICE_KEEPER_SECRET", "is not set: API instances and the keeper share one")
-        if secret is not None and len(secret.get_secret_value()) < KEEPER_SECRET_CHARS_MIN:
-            raise _Named("KEYSERVICE_KEEPER_SECRET", f"is shorter than {KEEPER_SECRET_CHARS_MIN} characters")
+        if secret is not None and not _SECRET.match(secret.get_secret_value()):
+            problem = f"must have {KEEPER_SECRET_CHARS_MIN} characters or more, of printable ASCII without spaces"
+            raise _Named("KEYSERVICE_KEEPER_SECRET", problem)
 
     def _check_secrets(self) -> None:
         if self.role == "keeper":

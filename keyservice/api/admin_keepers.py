@@ -16,6 +16,7 @@ from keyservice.core.keepers import Bump
 from keyservice.core.membership import Verb, change_voters, seats_needed
 from keyservice.errors import PrimaryUnreachable, RequestRefused
 from keyservice.evidence import Evidence
+from keyservice.settings import REGION
 from keyservice.trust import TrustLog
 from verifier.log import Epoch
 
@@ -91,6 +92,8 @@ def router(bearer: AdminBearer, trust: TrustLog, own: Read, primary: Read) -> AP
         """202: the new epoch has begun; it opens once enough keepers have merged."""
         caller = bearer.check(request.headers.get("authorization"), WRITE_SCOPE)
         wanted = await read_json(request, _Change)
+        if wanted.region is not None and not REGION.match(wanted.region):
+            raise RequestRefused("region_invalid", "a region's name is of a-z, 0-9 and -")
         evidence = await primary()
         if evidence.epoch is None:
             raise PrimaryUnreachable("the primary holds no trust log", code="no_trust_log")

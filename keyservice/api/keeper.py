@@ -10,8 +10,8 @@ from keyservice.bearer import BearerRefused
 from keyservice.core.evidence import EpochKey
 from keyservice.errors import RequestRefused
 from keyservice.intents import EntriesBody, Intents, OutcomeBody, decode_entries, encode_entries
-from keyservice.limits import BULK_BODY_BYTES_MAX, BULK_REVOCATIONS_MAX
-from verifier.log import Entry, FormatError
+from keyservice.limits import BULK_REVOCATIONS_MAX, KEEPER_BODY_BYTES_MAX
+from verifier.log import EPOCH_KIND, Entry, FormatError
 
 from .body import read_json
 from .problems import json_response
@@ -23,9 +23,12 @@ def _entries(bodies: list[dict[str, str]]) -> list[Entry]:
     if len(bodies) > BULK_REVOCATIONS_MAX:
         raise RequestRefused("revocations_too_many", f"at most {BULK_REVOCATIONS_MAX} entries")
     try:
-        return decode_entries(bodies)
+        entries = decode_entries(bodies)
     except FormatError as error:
         raise RequestRefused(error.code, "an entry cannot be read") from None
+    if any(entry.kind == EPOCH_KIND for entry in entries):
+        raise RequestRefused("kind_unknown", "an epoch is no revocation")
+    return entries
 
 
 def router(intents: Intents, secret: str) -> APIRouter:
@@ -42,7 +45,7 @@ def router(intents: Intents, secret: str) -> APIRouter:
     async def intend(request: Request) -> Response:
         """What is on disk under each entry's id when this is answered."""
         check(request)
-        body = await read_json(request, EntriesBody, BULK_BODY_BYTES_MAX)
+        body = await read_json(request, EntriesBody, KEEPER_BODY_BYTES_MAX)
         stored = await intents.intend(_entries(body.entries))
         return json_response({"entries": encode_entries(stored)})
 
@@ -50,7 +53,7 @@ def router(intents: Intents, secret: str) -> APIRouter:
     async def outcome(request: Request) -> Response:
         """What became of intents."""
         check(request)
-        body = await read_json(request, OutcomeBody, BULK_BODY_BYTES_MAX)
+        body = await read_json(request, OutcomeBody, KEEPER_BODY_BYTES_MAX)
         entries = _entries(body.entries)
         if body.number is None:
             await intents.given_up(entries)

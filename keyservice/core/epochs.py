@@ -8,6 +8,7 @@ A script refuses with one of these words, and has then changed nothing:
                         history may have forked, so the next write needs a new epoch, made by compare-and-set
     TRUST_EPOCH         somebody else has opened another epoch: read it and go on
     TRUST_REV           a record changed since it was read: decide again
+    TRUST_KEEPER        another keeper of the region is alive: for the second one to stand aside
     TRUST_STATE         a key's state would move backwards: never retried
 
 Losing the race for a new epoch is an outcome like any other: the winner's epoch is read and used.

@@ -31,7 +31,7 @@ from keyservice.serve import _server as server_for
 T = TypeVar("T")
 ISSUER = "https://id.test"
 KEK = base64.b64encode(b"k" * 32).decode()
-KEEPER_SECRET = "what API instances show their region's keeper"
+KEEPER_SECRET = "what-API-instances-show-their-regions-keeper"
 HS256_SECRET = "a shared secret of the old days, 32 bytes or more"
 SECRET_HASH = hash_secret("s3cret")
 

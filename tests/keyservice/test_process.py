@@ -133,6 +133,8 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
         ({"KEYSERVICE_KEEPER_URL": "http://u:hunter2@x"}, "setting_invalid", "KEYSERVICE_KEEPER_URL"),
         ({"KEYSERVICE_KEEPER_PORT": "0"}, "setting_missing", "KEYSERVICE_KEEPER_SECRET"),
         ({"KEYSERVICE_KEEPER_SECRET": "hunter2"}, "setting_invalid", "KEYSERVICE_KEEPER_SECRET"),
+        ({"KEYSERVICE_KEEPER_SECRET": "hunter2 " * 9}, "setting_invalid", "KEYSERVICE_KEEPER_SECRET"),
+        ({"KEYSERVICE_KEEPER_SECRET": "hunter2é" * 9}, "setting_invalid", "KEYSERVICE_KEEPER_SECRET"),
         ({"KEYSERVICE_PROFILE": "hunter2"}, "setting_invalid", "KEYSERVICE_PROFILE"),
         ({"KEYSERVICE_PROT": "1"}, "setting_unknown", "KEYSERVICE_PROT"),
         ({"KEYSERVICE_REDIS_URL": "http://u:hunter2@x"}, "setting_invalid", "KEYSERVICE_REDIS_URL"),
