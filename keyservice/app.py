@@ -143,7 +143,7 @@ class Service:
             clock=self.clock,
         )
         self.mirror.listen(runner)
-        self._key_keeper = KeyKeeper(runner, disk, self.trust)
+        self._key_keeper = KeyKeeper(runner, disk, self.trust, self.primary, region=settings.region)
         trimmer = Trimmer(
             self.primary,
             drop_grace_s=math.ceil(settings.drop_grace_s),

@@ -24,8 +24,8 @@ from verifier.log import EPOCH_KEY
 
 from .errors import ClockSkewed, StoreError
 from .keeper import KeeperRunner
-from .limits import BEAT_TIMEOUT_S, SKEW_PROBE_S
-from .rotator import Rotator
+from .limits import BEAT_TIMEOUT_S, KEYS_POLL_S, SKEW_PROBE_S
+from .rotator import KEEPER_NOT_MERGED, Rotator
 from .store import Node
 from .telemetry import Metrics
 from .trimming import Trimmer
@@ -217,6 +217,10 @@ class RotationJob:
         if not self._now:
             self.wake()
 
+    def _again(self) -> None:
+        if self._scheduler.running and not self._now:
+            self.wake()
+
     def wake(self) -> None:
         """Run once more, soon; to be called on the event loop."""
         task = asyncio.get_running_loop().create_task(self.once())
@@ -234,6 +238,8 @@ class RotationJob:
             _log.exception("a run of the rotator failed; going on")
             outcome = "failed"
         self._metrics.rotation_runs.labels(outcome).inc()
+        if outcome == KEEPER_NOT_MERGED and self._scheduler.running:
+            asyncio.get_running_loop().call_later(KEYS_POLL_S, self._again)
 
     async def stop(self) -> None:
         """End the schedule and whatever runs."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -54,6 +54,10 @@ class _Sent(NamedTuple):
     mono: float
 
 
+async def _nothing() -> bool:
+    return True
+
+
 class KeeperRunner(LogListener):
     """The region's keeper at work; also :class:`~keyservice.intents.Intents` for writers in this process."""
 
@@ -74,6 +78,8 @@ class KeeperRunner(LogListener):
         self.disk = disk
         self.problem: str | None = None
         """Why nothing is reported, or None: ``keeper_disk``, ``log_format_newer``, ``region_has_keeper``."""
+        self.before_merging: Callable[[], Awaitable[bool]] = _nothing
+        """Puts back what else a log lacks; False if that did not work. Raises :class:`StoreError`."""
         self._aside_until_mono = 0.0
         self._trust, self._own, self._primary, self._metrics = trust, own, primary, metrics
         self._region, self._regions, self._bootstrap_region = region, tuple(regions), bootstrap_region
@@ -277,6 +283,8 @@ class KeeperRunner(LogListener):
             if await self._trust.bump(step, min_reader_format=self.disk.min_reader_format):
                 _log.warning("keeper began an epoch", above=step.above, voters=dict(step.voters))
         elif isinstance(step, Add):
+            if self.merged != step.seen and not await self.before_merging():
+                return False
             beat_n = await self._trust.add(step)
             if step.entries:
                 _log.info("keeper added entries", count=len(step.entries), epoch=step.seen.number)

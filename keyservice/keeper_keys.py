@@ -15,7 +15,8 @@ from .core.rotation import FINAL_STATES, KeyRecord
 from .errors import KeeperUnavailable, StoreError
 from .keeper import KeeperRunner
 from .keeper_disk import SqliteDisk
-from .trust import KeysView, TrustLog
+from .store import Node
+from .trust import KeysView, TrustLog, read_keys
 
 __all__ = ["KeyKeeper"]
 
@@ -23,12 +24,19 @@ _log: Final = structlog.get_logger(__name__)
 
 
 class KeyKeeper:
-    """Takes every reading of the key set, as a taker of :class:`~keyservice.jobs.KeyPoll`."""
+    """Takes every reading of the key set, as a taker of :class:`~keyservice.jobs.KeyPoll`, and one at each merge."""
 
-    def __init__(self, runner: KeeperRunner, disk: SqliteDisk, trust: TrustLog) -> None:
+    def __init__(self, runner: KeeperRunner, disk: SqliteDisk, trust: TrustLog, primary: Node, *, region: str) -> None:
         self._runner = runner
         self._disk = disk
         self._trust = trust
+        self._primary = primary
+        self._region = region
+        runner.before_merging = self._put_back
+
+    async def _put_back(self) -> bool:
+        """Once the keeper is merged, the primary holds all that it knows of the keys. Raises :class:`StoreError`."""
+        return await self.take(await read_keys(self._primary, self._region))
 
     async def take(self, view: KeysView) -> bool:
         """Hold what was read, and put back what the log lacks of it; False if that did not work."""

@@ -5,7 +5,8 @@ that: whoever loses the race reads again and decides again, so two rotators do w
 stored before the public record; one that is found without a record (its writer died in between, or lost the race)
 becomes the next key instead of a new one.
 
-A key is created only while all regions together have less than a key set may have, and only if no key record has
+A key is created only once the region's keeper has merged into the epoch: what a server lost of the keys, the keeper has
+put back by then. And only while all regions together have less than a key set may have, and only if no key record has
 changed since they were counted: the set that the regions publish is never one that verifiers refuse.
 """
 
@@ -15,6 +16,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 import structlog
@@ -31,7 +33,10 @@ from .limits import KEYS_REQUESTED_MAX, ROTATION_STEPS_MAX
 from .store import Node
 from .trust import KeysView, TrustLog, private_key_name, read_keys
 
-__all__ = ["RotationRequest", "Rotator"]
+__all__ = ["KEEPER_NOT_MERGED", "RotationRequest", "Rotator"]
+
+KEEPER_NOT_MERGED: Final = "keeper_not_merged"
+"""Why no key is made for the moment: at a start or after a failover, until the region's keeper has merged."""
 
 _log = structlog.get_logger(__name__)
 
@@ -139,13 +144,13 @@ class Rotator:
             revoked={kid for kid in view.records if self._is_revoked(kid)},
             rotate_kid=wished,
         )
-        full = decision.create and not decision.changes and rotation.live(view.records) >= JWKS_KEYS_MAX
-        self._complain("key_set_full" if full else None)
+        why_not = _why_not_create(view) if decision.create and not decision.changes else None
+        self._complain(why_not)
         try:
             if decision.changes:
                 await self._put(decision.changes, view)
                 return True
-            if decision.create and not full:
+            if decision.create and why_not is None:
                 await self._create(view)
                 return True
         except Refused as refused:
@@ -189,8 +194,16 @@ class Rotator:
 
     def _complain(self, problem: str | None, **details: str) -> None:
         if problem is not None and problem != self.problem:
-            _log.error("rotation stopped", code=problem, **details)
+            tell = _log.info if problem == KEEPER_NOT_MERGED else _log.error
+            tell("rotation stopped", code=problem, **details)
         self.problem = problem
+
+
+def _why_not_create(view: KeysView) -> str | None:
+    """On a server that lost the keys there are none until the region's keeper has put them back."""
+    if not view.merged:
+        return KEEPER_NOT_MERGED
+    return "key_set_full" if rotation.live(view.records) >= JWKS_KEYS_MAX else None
 
 
 def _active(view: KeysView, region: str) -> KeyRecord | None:

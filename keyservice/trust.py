@@ -65,11 +65,15 @@ class BeatResult(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class KeysView:
-    """Every key record and what belongs to it, read in one transaction. ``epoch`` is None while there is no log."""
+    """Every key record and what belongs to it, read in one transaction. ``epoch`` is None while there is no log.
+
+    ``merged``: this region's keeper has merged into the epoch, so what it holds of the keys is in here.
+    """
 
     epoch: Epoch | None
     records: dict[str, KeyRecord]
     private: dict[str, bytes]
+    merged: bool = False
 
     @property
     def generation(self) -> Generation:
@@ -87,7 +91,8 @@ async def read_keys(node: Node, region: str) -> KeysView:
         async with node.redis.pipeline(transaction=True) as pipe:
             for key in (EPOCH_KEY, KEYS_KEY, private_key_name(region)):
                 pipe.hgetall(key)
-            epoch, records, private = await pipe.execute()
+            pipe.hmget(region_key(region), ["number", "nonce"])
+            epoch, records, private, merged = await pipe.execute()
     except (RedisError, OSError):
         raise PrimaryUnreachable from None
     try:
@@ -99,6 +104,7 @@ async def read_keys(node: Node, region: str) -> KeysView:
         seen,
         {record.kid: record for record in readable if record is not None},
         {kid.decode("utf-8", "replace"): envelope for kid, envelope in private.items()},
+        merged=seen is not None and merged == [str(seen.number).encode(), seen.nonce.encode()],
     )
 
 

@@ -324,10 +324,10 @@ async def test_after_a_lost_disk_the_new_keeper_gets_the_seat_and_the_epoch_open
     answer = await change(three, "replace", region="us")
     assert (answer.status_code, answer.json()["voters"]["us"]) == (202, us.keeper.disk.keeper_id)
     assert answer.json()["at_risk"] is None
-    await three.stop("ap")
     for name in ("before", "between"):
         found = await three.replicated("us", name, lambda receipt: receipt["regions"]["us"])
         assert found["regions"]["us"]
+    await three.stop("ap")
     assert (await three.revoke("us", jti("after"))).status_code == 200, "eu and the new keeper are a majority"
 
 

@@ -14,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from redis import Redis
 
+from keyservice.core.keepers import Bump
 from keyservice.limits import KEYS_REQUESTED_MAX
 from keyservice.settings import Settings
 from keyservice.trust import private_key_name, read_keys
@@ -218,6 +219,28 @@ async def test_a_private_half_that_the_server_lost_comes_back_from_the_keeper(
         await again.until(lambda: client.hgetall(PRIVATE) == held)
     assert (active(again), states(again)) == (signed, before)
     assert await again.token("orders")
+
+
+async def test_no_key_is_made_before_the_regions_keeper_has_put_back_what_it_holds(
+    server: Server, two_instances: Callable[..., tuple[Settings, Settings]], start_service: Any
+) -> None:
+    with_keeper, beside = two_instances(server.url)
+    running = await start_service(with_keeper)
+    await settled(running)
+    before = states(running)
+    await running.until(lambda: len(running.keeper.disk.private()) == len(running.keeper.disk.keys()) == 2)
+    voters = running.service.mirror.view.epoch.chain[-1].voters
+    await running.service.stop()
+    alone = await start_service(beside)
+    with server.client() as client:
+        client.flushall()
+        assert await alone.service.trust.bump(Bump(0, None, voters))
+        await alone.frontend.rotator.tick()
+        assert alone.frontend.rotator.problem == "keeper_not_merged"
+        assert not client.exists(KEYS_KEY, PRIVATE)
+        again = await start_service(with_keeper.model_copy(update={"keeper_uds": None}))
+        await again.until(lambda: alone.frontend.rotator.problem is None and states(alone) == before)
+        assert {kid.decode() for kid in client.hkeys(KEYS_KEY)} == set(before)
 
 
 async def test_a_private_half_that_nobody_has_stops_signing_and_makes_no_new_key(
