@@ -101,7 +101,7 @@ class Scenario:
 
 def _bump(number: str, nonce: str, new: str = NONCE, voters: str = "") -> list[str]:
     meta = ["incarnation", "1", "1", "86400"]
-    return [number, nonce, new, "0", f"epoch-{new}", "eu", voters, "", "0", *meta]
+    return [number, nonce, new, "0", f"epoch-{new}", "eu", voters, "", "0", *meta, ""]
 
 
 def record(state: str = "prepared", rev: int = 0) -> str:
@@ -199,6 +199,8 @@ def _report(bench: Bench) -> None:
     assert bench.run("report.lua", SCENARIOS["report.lua"].keys, behind) == [1]
     evidence = (b"held", b"commit", b"beat_n", b"beat_at", b"beat_position")
     assert all(bench.hash("region")[name] == held[name] for name in evidence)
+    another = [bench.number, NONCE, "another", *behind[3:]]
+    assert bench.refusal("report.lua", SCENARIOS["report.lua"].keys, another) == "TRUST_KEEPER"
 
 
 def _trim(bench: Bench) -> None:
