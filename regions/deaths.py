@@ -65,6 +65,14 @@ class Deaths:
         """The region's Sentinel process dies."""
         self.sentinels.children[region].kill()
 
+    def kill_service(self, name: str) -> None:
+        """A service's process dies, for instance `keyservice-eu-west-1`."""
+        self._services[name].child.kill()
+
+    def restart_service(self, name: str) -> None:
+        """Start a service again that has died, as it was started before. Raises `NotReady`."""
+        self._wait_ready([self._start_again(self._services[name])])
+
     def kill_region(self, region: str) -> None:
         """The region's machines die: its links are cut, then everything in it is killed."""
         name = self.topology.region(region).name

@@ -136,6 +136,10 @@ class Recorder:
         self._process.kill()
         self._clean_up()
 
+    def send_signal(self, number: int) -> None:
+        """Send the process a signal, for instance SIGSTOP; `report` waits in vain while it stands still."""
+        self._process.send_signal(number)
+
     def _clean_up(self) -> None:
         self._process.wait()
         self._reader.join()

@@ -11,6 +11,7 @@ import pytest
 from regions.cluster import SERVICES, Cluster
 from regions.ports import pick_free_ports
 from regions.topology import Topology, parse_topology
+from tests.faults.operating import Root, operated
 
 
 def _topology(names: str = "abc", one_way_ms: float = 10.0) -> Topology:
@@ -48,6 +49,13 @@ def small_cluster(directory: Path) -> Iterator[Cluster]:
     """One region: the least that is real."""
     with Cluster(_topology("a"), directory / "small") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def root(directory: Path) -> Iterator[Root]:
+    """An operator with every right in a cluster of three regions (`root.cluster`), which a module's tests share."""
+    with operated(_topology(), directory / "operated") as running:
+        yield Root(running)
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ class FaultCluster:
         urls = self.cluster.file.regions[self.cluster.file.primary if region is None else region]
         bound = bound_connection_kwargs(urls.bind_address)
         with redis.Redis.from_url(urls.verifier_redis_url, driver_info=None, **bound) as client:
-            return {fields[b"id"].decode() for _, fields in client.xrange(LOG_KEY)}
+            return {fields.get(b"id", b"").decode("utf-8", "replace") for _, fields in client.xrange(LOG_KEY)}
 
     # -- faults and load ------------------------------------------------------------------------------------------
 
