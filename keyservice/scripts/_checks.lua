@@ -63,12 +63,26 @@ local function confirmed_beat(voters, number, nonce)
   return reached[math.floor(seats / 2) + 1]
 end
 
+-- The highest number of a beat of this epoch that a region has reported, -1 for none. Where the beat itself was deleted,
+-- counting goes on above it: for readers and keepers a lower number is an old beat.
+local function newest_reported_beat(voters, nonce)
+  local newest = -1
+  for region in pairs(cjson.decode(voters)) do
+    local report = redis.call('HMGET', '{trust}:region:' .. region, 'nonce', 'beat_n')
+    if report[1] == nonce then
+      newest = math.max(newest, tonumber(report[2] or '-1'))
+    end
+  end
+  return newest
+end
+
 -- Say how far the log goes and which beat is confirmed. The caller has checked the epoch.
 local function write_beat(beat_key, epoch_key, log_key, number, nonce, now_ms)
   local held = redis.call('HMGET', beat_key, 'nonce', 'n')
-  local n = held[1] == nonce and string.format('%.0f', tonumber(held[2]) + 1) or '0'
   local last = redis.call('XREVRANGE', log_key, '+', '-', 'COUNT', 1)[1]
   local epoch = redis.call('HMGET', epoch_key, 'open', 'voters', 'keys_n')
+  local before = held[1] == nonce and tonumber(held[2]) or newest_reported_beat(epoch[2] or '{}', nonce)
+  local n = string.format('%.0f', before + 1)
   local confirmed = epoch[1] == '1' and confirmed_beat(epoch[2] or '{}', number, nonce)
   redis.call('HSET', beat_key, 'nonce', nonce, 'n', n, 'at', now_ms, 'position', last and last[1] or number .. '-0',
     'generation', number .. '-' .. (epoch[3] or '0'))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.faults.harness import FaultCluster
 from tests.faults.operating import WITHIN_S, Root, aside, revoking_everywhere, until, watched
 
@@ -35,6 +37,7 @@ async def test_what_is_revoked_while_the_primary_is_out_of_memory_is_replicated_
         # The end of `revoking_everywhere` waits until those, too, are replicated.
 
 
+@pytest.mark.slow
 async def test_a_region_whose_keeper_s_disk_is_full_refuses_by_name_and_the_others_go_on(
     root: Root, directory: Path
 ) -> None:

@@ -25,6 +25,7 @@ BULK = 6_000
 KILLS = 3
 
 
+@pytest.mark.slow
 async def test_a_keeper_that_lost_its_disk_is_another_and_votes_once_it_was_given_the_seat(
     root: Root, directory: Path
 ) -> None:
@@ -43,6 +44,7 @@ async def test_a_keeper_that_lost_its_disk_is_another_and_votes_once_it_was_give
         assert root.open_epoch().chain[-1].voters["b"] == new["keeper_id"]
 
 
+@pytest.mark.slow
 async def test_a_keeper_restored_from_an_older_backup_takes_a_new_id(root: Root, directory: Path) -> None:
     copy = directory / "keeper-backup"
     async with watched(root, directory) as faults, revoking_everywhere(faults) as traffic:
@@ -63,6 +65,7 @@ async def test_a_keeper_restored_from_an_older_backup_takes_a_new_id(root: Root,
         await traffic.flows()
 
 
+@pytest.mark.slow
 async def test_the_copy_that_a_keeper_started_from_unchanged_keeps_its_id(root: Root, directory: Path) -> None:
     """Just inside: a process that only was killed goes on as who it was."""
     async with watched(root, directory) as faults, revoking_everywhere(faults) as traffic:

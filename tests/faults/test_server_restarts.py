@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from regions.embedded import Server
 from tests.faults.operating import Root, Traffic, aside, relogged, revoking_everywhere, until, watched
 from verifier.log import Epoch
 
 
+@pytest.mark.slow
 async def test_no_acknowledged_revocation_is_lost_when_the_primary_restarts_empty(root: Root, directory: Path) -> None:
     async with watched(root, directory) as faults, revoking_everywhere(faults) as traffic:
         before, incarnation = root.open_epoch(), root.incarnation()
@@ -27,12 +30,14 @@ async def test_no_acknowledged_revocation_is_lost_when_the_primary_restarts_from
     await restarts_from_the_past(root, directory, "old snapshot", snapshot=True)
 
 
+@pytest.mark.slow
 async def test_no_acknowledged_revocation_is_lost_when_the_primary_restarts_from_an_old_append_only_file(
     root: Root, directory: Path
 ) -> None:
     await restarts_from_the_past(root, directory, "old append-only file", snapshot=False)
 
 
+@pytest.mark.slow
 async def test_no_acknowledged_revocation_is_lost_when_the_primary_s_append_only_file_is_torn(
     root: Root, directory: Path
 ) -> None:

@@ -32,6 +32,7 @@ from verifier.log import (
     Generation,
     Meta,
     Position,
+    region_key,
 )
 from verifier.reader import Reader
 from verifier.testing import make_key
@@ -293,6 +294,22 @@ async def test_a_beat_says_how_far_the_log_goes(trust: TrustLog, server: Server)
     assert (beat.n, beat.position, beat.at_ms) == (0, stored.position, beaten.server_ms)
     assert beat.generation == Generation(place(stored).epoch, 0)
     assert beat.confirmed_n is None
+
+
+async def test_a_beat_that_was_deleted_is_counted_on_from_above_what_any_region_reported(
+    trust: TrustLog, server: Server
+) -> None:
+    await trust.append([entry()])
+    epoch = epoch_of(server)
+    region = next(iter(epoch.chain[-1].voters))
+    with server.client() as client:
+        client.hset(region_key(region), mapping={"nonce": "f" * 16, "beat_n": "99"})  # of another epoch
+        assert (await trust.beat(200)).written
+        assert client.hget(BEAT_KEY, "n") == b"0"
+        client.hset(region_key(region), mapping={"nonce": epoch.nonce, "beat_n": "41"})
+        client.delete(BEAT_KEY)
+        assert (await trust.beat(200)).written
+        assert client.hget(BEAT_KEY, "n") == b"42"
 
 
 async def test_beats_of_several_services_keep_their_distance_and_count(trust: TrustLog, server: Server) -> None:
