@@ -11,6 +11,12 @@ beat more than ``max_skew_s`` in the future is not counted, by its own time or b
 closed epoch none is confirmed, and a newer beat counts only once it is applied: until then the last confirmed one that
 was applied, of whatever epoch, goes on ageing. While there was never one, the age of the newest applied beat is
 reported instead, marked unconfirmed, and the mirror is not fresh.
+
+A replica may be led to a primary of another system, whose beats are confirmed too, by keepers that know nothing of what
+is acknowledged here. So once a beat was confirmed, beats count only in the same log (its incarnation) or a successor,
+which names the epoch of that beat: a log that is made anew after all was lost does so before it opens, because keepers
+name every epoch that they have on disk. A mirror that began with the wrong log cannot tell; led to the right one it
+says ``another_log`` until it is started anew.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ class Staleness(NamedTuple):
 
     ``reason`` is None when fresh, else one of ``never_synced``, ``log_format_newer``, ``max_token_lifetime`` (this
     verifier accepts tokens that live longer than the log keeps revocations), ``clock_skew``, ``hole``,
-    ``epoch_closed``, ``unconfirmed``, ``stale``.
+    ``epoch_closed``, ``unconfirmed``, ``another_log``, ``stale``.
     """
 
     seconds: float | None
@@ -53,7 +59,10 @@ class Staleness(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """An immutable record, replaced as rounds of reading come in; :meth:`staleness` is computed when asked."""
+    """An immutable record, replaced as rounds of reading come in; :meth:`staleness` is computed when asked.
+
+    ``incarnation`` is that of the log in which a beat was confirmed last.
+    """
 
     max_skew_s: float
     max_token_lifetime_s: float = 0.0
@@ -67,18 +76,22 @@ class Freshness:
     forgets_early: bool = False
     clock_skew: bool = False
     holed_nonce: str | None = None
+    incarnation: str | None = None
+    another_log: bool = False
 
     def heard(self, beat: Beat, epoch: Epoch, meta: Meta, *, now: float, mono: float) -> Freshness:
         """A round of reading brought this beat, epoch and meta; ``now`` is wall time, ``mono`` monotonic (seconds)."""
         ahead = max(beat.at_ms, beat.confirmed_at_ms or 0) / 1000 - now > self.max_skew_s
+        another = self._is_another(epoch, meta)
         state = replace(
             self,
             epoch_open=epoch.open,
             log_format_newer=meta.min_reader_format > FORMAT,
             forgets_early=meta.max_token_lifetime_s < self.max_token_lifetime_s,
             clock_skew=ahead,
+            another_log=another,
         )
-        if ahead or beat.nonce != epoch.nonce:
+        if ahead or another or beat.nonce != epoch.nonce:
             return state
         seen = Heard(beat.nonce, beat.n, beat.at_ms / 1000, beat.position, mono)
         state = replace(state, pending=_newer(seen, self.pending, self.applied))
@@ -90,7 +103,14 @@ class Freshness:
         ):
             return state
         vouched = Heard(beat.nonce, beat.confirmed_n, beat.confirmed_at_ms / 1000, beat.confirmed_position, mono)
-        return replace(state, pending_confirmed=_newer(vouched, self.pending_confirmed, self.confirmed))
+        newest = _newer(vouched, self.pending_confirmed, self.confirmed)
+        return replace(state, pending_confirmed=newest, incarnation=meta.incarnation)
+
+    def _is_another(self, epoch: Epoch, meta: Meta) -> bool:
+        """Whether this log is not the one, nor a successor of the one, whose beat was confirmed last."""
+        if self.confirmed is None or meta.incarnation == self.incarnation:
+            return False
+        return all(link.nonce != self.confirmed.nonce for link in (*epoch.chain, *epoch.known))
 
     def reached(self, position: Position) -> Freshness:
         """Everything up to ``position`` is applied: beats that were waiting for it count from now on."""
@@ -117,6 +137,7 @@ class Freshness:
             (self.confirmed is None and self.holed_nonce is not None, "hole"),
             (self.confirmed is None and not self.epoch_open, "epoch_closed"),
             (self.confirmed is None, "unconfirmed"),
+            (stale and self.another_log, "another_log"),
             (stale and self.clock_skew, "clock_skew"),
             (stale and self.holed_nonce is not None, "hole"),
             (stale, "stale"),

@@ -204,6 +204,7 @@ class Keeper:
         self._added_in: EpochKey | None = None
         self._added: set[bytes] = set()
         self._intents: dict[bytes, float] = {}
+        self._strange: tuple[EpochLink, ...] = ()
 
     @property
     def merged(self) -> EpochKey | None:
@@ -223,14 +224,24 @@ class Keeper:
         self._missing = dict.fromkeys(self.disk.digests())
 
     def read(self, items: Iterable[tuple[Position, Entry]], links: Iterable[EpochLink] = ()) -> None:
-        """Store what the replica shows, whatever the epoch (rule 5)."""
+        """Store what the replica shows, whatever the epoch (rule 5).
+
+        Of a log that names no epoch which is on disk, the epochs wait until the primary has taken something in one of
+        them: a replica that was led to another system's primary must not bring that one's voters here.
+        """
         shown = [entry for _, entry in items if entry.kind != EPOCH_KIND]
-        self.disk.store(shown, links)
+        named = tuple(links)
+        if named:
+            self._strange = () if self._knows(named) else named
+        self.disk.store(shown, named if self._strange == () else ())
         for entry in shown:
             digest = entry.digest()
             self._missing.pop(digest, None)
             self._added.discard(digest)
             self._intents.pop(digest, None)
+
+    def _knows(self, named: Iterable[EpochLink]) -> bool:
+        return not self.disk.links or any(key_of(link) in self.disk.links for link in named)
 
     # -- writers' intents -----------------------------------------------------------------------------------------
 
@@ -310,7 +321,8 @@ class Keeper:
     def bump_above(self, seen: EpochKey | None) -> Bump:
         """A new epoch above everything known, with the voters of the newest one."""
         newest = max(key for key in self.disk.links if seen is None or key != seen or len(self.disk.links) == 1)
-        numbers = [key.number for key in self.disk.links] + [self.disk.promise.number if self.disk.promise else 0]
+        known = (*self.disk.links, seen, self.disk.promise)
+        numbers = [key.number for key in known if key is not None]
         return Bump(max(numbers), seen, self.disk.links[newest].voters)
 
     def added(self, add: Add, beat_n: int, mono: float) -> None:
@@ -321,6 +333,9 @@ class Keeper:
         """
         if self.disk.promise is not None and add.seen < self.disk.promise:
             return
+        if any(key_of(link) == add.seen for link in self._strange):
+            self.disk.store((), self._strange)
+            self._strange = ()
         if self._added_in != add.seen:
             self._added_in, self._added = add.seen, set()
         self._note_added(add.entries)

@@ -96,6 +96,33 @@ def test_an_intent_alone_does_not_stand_in_the_way_of_the_first_start() -> None:
     assert step.entries == (entry("a"),), "it gets into the log that others began"
 
 
+# -- a log that knows nothing of this keeper's epochs ----------------------------------------------------------------
+
+
+def test_the_voters_of_another_system_s_log_are_not_kept() -> None:
+    one = merged(entry("a"))
+    foreign = epoch(link(7, voters={"zz": "k-zz"}), is_open=True)
+    reads(one, foreign, entry("theirs"))
+    assert isinstance(one.next_step(head(foreign, 1), LATER), Bump | Add), "which the own primary refuses"
+    reads(one, E5, entry("a"))
+    later = epoch(link(5, was_open=True), link(9))
+    reads(one, later, entry("a"))
+    assert set(one.disk.links) == {key_of(link(5)), key_of(link(9))}
+    assert isinstance(one.next_step(head(later, 1), LATER), Add), "and no epoch is begun with their voters"
+
+
+def test_the_epochs_of_a_log_that_was_made_anew_are_kept_before_it_is_merged_into() -> None:
+    one = merged(entry("a"))
+    anew = epoch(link(7))
+    reads(one, anew)
+    assert key_of(anew) not in one.disk.links
+    step = one.next_step(head(anew), LATER)
+    assert isinstance(step, Add)
+    one.added(step, -1, LATER)
+    assert one.merged == key_of(anew)
+    assert one.disk.links[key_of(anew)] == link(7)
+
+
 # -- an epoch older than the promise ----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.verifier.support import NONCE, NONCE_2, NOW, heard
 from verifier.freshness import Freshness, Staleness
-from verifier.log import Beat, Epoch, Generation, Meta, Position
+from verifier.log import Beat, Epoch, EpochLink, Generation, Meta, Position
 
 META = Meta("i", None, 1, 1, 86_400)
 SKEW = 5.0
@@ -52,6 +52,33 @@ AT = Position(7, 9, NONCE)
 
 def confirmed_state() -> Freshness:
     return hear(SYNCED, beat_of(2, 9, confirmed=(1, 9, NOW))).reached(AT)
+
+
+OTHER = replace(META, incarnation="other")
+
+
+def hear_other(*links: EpochLink, beside: bool, meta: Meta = OTHER) -> Freshness:
+    """After a confirmed beat: one from a log whose epoch names these."""
+    names: dict[str, Any] = {"chain": () if beside else links, "known": links if beside else ()}
+    epoch = replace(epoch_of(NONCE_2, 9), **names)
+    beat = beat_of(5, 2, confirmed=(4, 2, NOW + 9), nonce=NONCE_2, number=9)
+    state = hear(confirmed_state(), beat, epoch=epoch, meta=meta, now=NOW + 9, mono=MONO + 9)
+    return state.reached(Position(9, 2, NONCE_2))
+
+
+def test_another_log_that_does_not_name_the_epoch_of_the_last_confirmed_beat_vouches_for_nothing() -> None:
+    strange = EpochLink(8, "8" * 16, None, {}, True)
+    assert judge(hear_other(strange, beside=False), after=9) == (9.0, True, "another_log")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_successor_names_the_epoch_of_the_last_confirmed_beat_and_vouches(beside: bool) -> None:
+    mine = EpochLink(7, NONCE, None, {}, True)
+    assert judge(hear_other(mine, beside=beside), after=9).fresh
+
+
+def test_the_same_log_vouches_though_it_names_old_epochs_no_more() -> None:
+    assert judge(hear_other(beside=False, meta=META), after=9).fresh
 
 
 def test_never_synced_is_never_fresh() -> None:

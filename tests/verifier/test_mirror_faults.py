@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import threading
@@ -175,7 +176,7 @@ def test_a_part_of_the_log_that_an_operator_deletes_is_named_and_the_mirror_ages
         assert staleness(mirror, bound=0.0).reason == "stale"
 
 
-def test_another_log_in_its_place_is_read_too_and_vouches_for_nothing_until_its_own_beat_is_confirmed(
+def test_another_log_in_its_place_is_read_too_and_vouches_for_nothing_unless_it_is_a_successor(
     mirroring: Mirroring, server: Server, primary: Primary, client: redis.Redis
 ) -> None:
     primary.append(*live("jti", ["a"]))
@@ -190,6 +191,11 @@ def test_another_log_in_its_place_is_read_too_and_vouches_for_nothing_until_its_
         other.append(*live("jti", ["b"]))
         reaches(mirror, other.position)
         assert mirror.view.freshness.confirmed is before
+        other.beat()
+        until(lambda: staleness(mirror, bound=0.0).reason == "another_log", "named")
+        assert mirror.view.freshness.confirmed is before
+        known = {"number": 1, "nonce": NONCE, "previous": None, "voters": {}, "opened": True}
+        client.hset(EPOCH_KEY, "known", json.dumps([known]))
         other.beat()
         until(lambda: mirror.view.freshness.confirmed is not before, "its beat")
         assert [holds(mirror, jti) for jti in "ab"] == [True] * 2
