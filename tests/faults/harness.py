@@ -242,6 +242,20 @@ class FaultCluster:
             finally:
                 process.send_signal(signal.SIGCONT)
 
+    @contextmanager
+    def asleep(self, region: str) -> Iterator[Recorder]:
+        """A region's verifier stands still (SIGSTOP); of tokens that are new it hears when it wakes up."""
+        recorder, known = self.recorders.pop(region), set(self.tokens)
+        with self.fault("stopped", recorder.id):
+            recorder.send_signal(signal.SIGSTOP)
+            try:
+                yield recorder
+            finally:
+                recorder.send_signal(signal.SIGCONT)
+                self.recorders[region] = recorder
+                for name in self.tokens.keys() - known:
+                    recorder.watch(name, self.tokens[name])
+
     @asynccontextmanager
     async def load(self, names: Sequence[str], *, every_s: float = 0.05) -> AsyncIterator[None]:
         """Every region's order service is asked for these tokens in turn, and the ledger keeps its answers."""
