@@ -17,7 +17,7 @@ import redis
 from regions.cluster import Cluster
 from regions.failover import connect
 from regions.ledger import Revocation
-from tests.faults.harness import FaultCluster
+from tests.faults.harness import AT_ONCE, FaultCluster
 from verifier.log import EPOCH_KEY, Epoch
 
 SHORT: dict[str, Any] = {"max_staleness_s": 2.0}
@@ -136,11 +136,19 @@ async def settled_primary(cluster: Cluster, *, other_than: str = "") -> str:
 
 async def replicated(faults: FaultCluster, revocations: Sequence[Revocation], *, via: str, within_s: float) -> None:
     """Until all of these that have a receipt are replicated, as the key service of `via` says."""
-    ids = set(acknowledged(revocations))
     deadline = time.monotonic() + within_s
-    while left := ids & {each.id for each in await faults.read_receipts(via=via)}:
-        assert time.monotonic() < deadline, f"still pending in {via}: {sorted(left)[:3]} of {len(left)}"
-        await asyncio.sleep(0.2)
+    while left := [each for each in revocations if each.acknowledged_mono and not each.replicated_mono]:
+        assert time.monotonic() < deadline, f"{len(left)} still pending in {via}: {[each.id for each in left[:3]]}"
+        for start in range(0, len(left), AT_ONCE):
+            await asyncio.gather(*(_read_receipt(faults, each, via) for each in left[start : start + AT_ONCE]))
+        await asyncio.sleep(POLL_S)
+
+
+async def _read_receipt(faults: FaultCluster, revocation: Revocation, via: str) -> None:
+    reply = await faults.callers[via].admin("GET", f"/admin/revocations/{revocation.id}")
+    if reply.status_code == 200:
+        receipt = reply.json()
+        revocation.acknowledge(receipt["durability"], receipt["position"], time.monotonic())
 
 
 async def healed(faults: FaultCluster, *, within_s: float = 60.0) -> str:
