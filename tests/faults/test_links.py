@@ -333,8 +333,8 @@ BULK_WITHIN_S = 300.0
 """On a busy machine a request takes seconds; that is not what is tested."""
 
 
-CAUGHT_UP_WITHIN_S = 60.0
-"""A replica, a keeper and a verifier read 100,000 entries in some seconds of an idle machine's time."""
+CAUGHT_UP_WITHIN_S = 300.0
+"""A replica and a verifier read 100,000 entries in some seconds of an idle machine's time."""
 
 
 async def revoke_in_bulk(faults: FaultCluster, via: str, count: int, names: list[str]) -> None:
