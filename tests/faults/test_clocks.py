@@ -81,6 +81,17 @@ def clock_environment(path: str) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared_memory() -> Iterator[None]:
+    """What a process leaves there when it is killed, libfaketime cannot remove: we do."""
+    place = Path("/dev/shm")
+    before = set(place.glob("*faketime_s*"))
+    yield
+    for path in set(place.glob("*faketime_s*")) - before:
+        if not Path("/proc", path.name.rpartition("_")[2]).exists():
+            path.unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module")
 def clock_cluster(topology_of: Any) -> Iterator[Cluster]:
     """A cluster whose servers take their clocks from the file `clock` beside their configuration."""
