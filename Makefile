@@ -113,8 +113,16 @@ test-readme: install ## the README's hands-on commands, as they stand (needs bas
 	@command -v curl >/dev/null || { echo "make test-readme needs curl: install it" >&2; exit 1; }
 	@$(PY) -m pytest tests/docs -m system $(ARGS)
 
+FAKETIME = command -v faketime >/dev/null || { echo "make $@ needs libfaketime: Debian and Ubuntu, apt-get install faketime" >&2; exit 1; }
+
+.PHONY: test-clocks
+test-clocks: install ## a cluster whose clocks are turned (needs libfaketime: apt-get install faketime)
+	@$(FAKETIME)
+	@$(PY) -m pytest tests/faults/test_clocks.py -m system $(ARGS)
+
 .PHONY: test-all
 test-all: install ## every test, also slow ones and those that need other programs
+	@$(FAKETIME)
 	@$(PY) -m pytest -n auto $(ARGS)
 
 # CONFORMANCE_REDIS and the like, because a URL with a password has no place in a process list. --tb=short shows no arguments.

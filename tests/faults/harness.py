@@ -18,7 +18,7 @@ import itertools
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +27,7 @@ from typing import Self
 import httpx
 import redis
 
-from regions.access import Callers
+from regions.access import Callers, Unexpected
 from regions.checkers import (
     AcknowledgedNotLost,
     Checker,
@@ -42,7 +42,7 @@ from regions.cluster import Cluster
 from regions.ledger import Durability, Fault, Ledger, Request, Revocation, Token
 from regions.recorder import Recorder, recorder_environment
 from regions.recorder.client import PROGRAM
-from verifier.log import LOG_KEY
+from verifier.log import LOG_KEY, Entry, FormatError
 from verifier.netbind import bound_connection_kwargs
 from verifier.testing import sign
 from verifier.token import parse, read_payload
@@ -101,17 +101,21 @@ class FaultCluster:
 
     # -- recorders ------------------------------------------------------------------------------------------------
 
-    def _start_recorder(self, region: str) -> Recorder:
+    def _start_recorder(self, region: str, program: Sequence[str] | None = None) -> Recorder:
         env = recorder_environment(self.cluster.file, region, **self._settings)
         id = f"{region}#{next(self._numbers)}"
-        return Recorder(id, region, env, self._directory / f"recorder-{id}.log", program=self._program).start()
+        return Recorder(
+            id, region, env, self._directory / f"recorder-{id}.log", program=program or self._program
+        ).start()
 
-    async def restart_recorder(self, region: str, *, wait_ready: bool = True) -> Recorder:
+    async def restart_recorder(
+        self, region: str, *, wait_ready: bool = True, program: Sequence[str] | None = None
+    ) -> Recorder:
         """Kill a region's verifier and start another, which knows nothing of what the first one held."""
         self.retired.append(self.recorders[region])
         await asyncio.to_thread(self.recorders[region].report)
         self.recorders[region].kill()
-        recorder = self.recorders[region] = self._start_recorder(region)
+        recorder = self.recorders[region] = self._start_recorder(region, program)
         for name, token in self.tokens.items():
             recorder.watch(name, token)
         if wait_ready:
@@ -173,8 +177,8 @@ class FaultCluster:
         self.ledger.revocations.append(noted)
         try:
             reply = await self.callers[region].admin("POST", "/admin/revocations", body)
-        except httpx.HTTPError as error:
-            noted.problem = type(error).__name__
+        except (httpx.HTTPError, Unexpected) as error:
+            noted.problem = str(error) if isinstance(error, Unexpected) else type(error).__name__
             return noted
         if reply.status_code in (200, 202):
             receipt = reply.json()
@@ -214,10 +218,14 @@ class FaultCluster:
 
     def log_ids(self, region: str | None = None) -> set[str]:
         """The ids in the log of a region's server (default: the primary's)."""
+        return set(self.log_list(region))
+
+    def log_list(self, region: str | None = None) -> list[str]:
+        """The same in the log's order, each as often as it stands there."""
         urls = self.cluster.file.regions[self.cluster.file.primary if region is None else region]
         bound = bound_connection_kwargs(urls.bind_address)
         with redis.Redis.from_url(urls.verifier_redis_url, driver_info=None, **bound) as client:
-            return {fields.get(b"id", b"").decode("utf-8", "replace") for _, fields in client.xrange(LOG_KEY)}
+            return [_id_of(fields) for _, fields in client.xrange(LOG_KEY)]
 
     # -- faults and load ------------------------------------------------------------------------------------------
 
@@ -257,9 +265,15 @@ class FaultCluster:
                     recorder.watch(name, self.tokens[name])
 
     @asynccontextmanager
-    async def load(self, names: Sequence[str], *, every_s: float = 0.05) -> AsyncIterator[None]:
-        """Every region's order service is asked for these tokens in turn, and the ledger keeps its answers."""
-        tasks = [asyncio.create_task(self._load(region, names, every_s)) for region in self.regions]
+    async def load(
+        self, names: Sequence[str], *, every_s: float = 0.05, regions: Sequence[str] | None = None
+    ) -> AsyncIterator[None]:
+        """Order services are asked for these tokens in turn, and the ledger keeps their answers.
+
+        By default every region's. One that is started again denies until it has read the log, so a region that dies and
+        returns is left out, as a balancer would that asks for readiness.
+        """
+        tasks = [asyncio.create_task(self._load(region, names, every_s)) for region in regions or self.regions]
         try:
             yield
         finally:
@@ -349,6 +363,14 @@ class FaultCluster:
         shown = "\n".join(map(str, found[:10]))
         assert set(tally(found).values()) == {0}, f"{tally(found)}\n{shown}"
         self.cluster.check()
+
+
+def _id_of(fields: Mapping[bytes, bytes]) -> str:
+    """An entry's id, and something of it where it is unreadable."""
+    try:
+        return Entry.decode(fields).id
+    except FormatError:
+        return fields.get(b"id", b"").decode("utf-8", "replace")
 
 
 def _refused(recorder: Recorder, name: str) -> bool:
