@@ -302,7 +302,7 @@ class Cluster(Deaths):
             }
             argv = [sys.executable, "-m", "keyservice", "serve"]
             children.append(self._start_service(region, "keyservice", argv, env))
-        self._wait_ready(children)
+        self._wait_ready(children, epoch_open=True)
 
     def _start_services(self, made: Secrets, users_file: Path) -> None:
         examples = examples_directory()
@@ -352,8 +352,8 @@ class Cluster(Deaths):
             "JWT_SECRET": made.hs256_secret,
         }
 
-    def _wait_ready(self, services: Sequence[Service]) -> None:
-        """Ask every service's /readyz, as a caller in its own region, until it says 200."""
+    def _wait_ready(self, services: Sequence[Service], *, epoch_open: bool = False) -> None:
+        """Ask every service's /readyz, as a caller in its own region, until it says 200 (and warns of no closed epoch)."""
         deadline = time.monotonic() + READY_WITHIN_S
         for service in services:
             child = service.child
@@ -361,7 +361,7 @@ class Cluster(Deaths):
             page = "livez" if service.kind == "login" else "readyz"
             url = f"{self._url(service.region, service.kind)}/{page}"
             with httpx.Client(transport=transport, trust_env=False, timeout=2.0) as http:
-                while (problem := _not_ready(http, url)) is not None:
+                while (problem := _not_ready(http, url, epoch_open)) is not None:
                     self._nursery.check()
                     if time.monotonic() > deadline:
                         tail = "".join(f"\n  {line}" for line in child.log_tail())
@@ -420,9 +420,10 @@ def _base_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
 
 
-def _not_ready(http: httpx.Client, url: str) -> str | None:
+def _not_ready(http: httpx.Client, url: str, epoch_open: bool) -> str | None:
     try:
         reply = http.get(url)
     except httpx.HTTPError as error:
         return type(error).__name__
-    return None if reply.status_code == 200 else f"HTTP {reply.status_code} {reply.text[:200]}"
+    closed = epoch_open and "epoch_closed" in reply.text
+    return None if reply.status_code == 200 and not closed else f"HTTP {reply.status_code} {reply.text[:200]}"

@@ -85,6 +85,7 @@ def test_hands_on_commands_of_the_readme_work(tmp_path: Path) -> None:
     with Cluster(topology.with_ports(ports), tmp_path / "var"):
         done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert '"customer":"user-ada"' in done.stdout
-    assert '"durability":"pending"' in done.stdout
+    assert '"durability":"replicated"' in done.stdout
     assert '"code":"token_revoked"' in done.stdout
-    assert '"epoch_open":false' in done.stdout
+    assert '"epoch_open":true' in done.stdout
+    assert '"fresh":true' in done.stdout
