@@ -353,7 +353,7 @@ class Cluster(Deaths):
         }
 
     def _wait_ready(self, services: Sequence[Service], *, epoch_open: bool = False) -> None:
-        """Ask every service's /readyz, as a caller in its own region, until it says 200 (and warns of no closed epoch)."""
+        """Ask every service's /readyz, as a caller in its own region, until it says 200; and that the epoch is open."""
         deadline = time.monotonic() + READY_WITHIN_S
         for service in services:
             child = service.child
