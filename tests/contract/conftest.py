@@ -74,7 +74,13 @@ class KeyService:
 
 
 @pytest.fixture
-def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
+def keyservice_settings() -> dict[str, str]:
+    """What a module wants otherwise."""
+    return {}
+
+
+@pytest.fixture
+def keyservice(run_dir: Path, server: Server, keyservice_settings: dict[str, str]) -> Iterator[KeyService]:
     """Started and ready; the active key's successor is published."""
     clients_file = run_dir / "clients.toml"
     clients_file.write_text(CLIENTS)
@@ -97,6 +103,7 @@ def keyservice(run_dir: Path, server: Server) -> Iterator[KeyService]:
         "KEYSERVICE_REPLICATION_LAG_S": "0",
         "KEYSERVICE_ROTATOR_TICK_S": "0.2",
         "JWT_SECRET": HS256_SECRET,
+        **keyservice_settings,
     }
     public, admin = (f"http://127.0.0.1:{port}" for port in ports)
     made = KeyService(public, admin, server.url, environment)
