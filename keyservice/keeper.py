@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import structlog
 
-from verifier.log import FORMAT, Entry, Epoch, Position
+from verifier.log import FORMAT, Entry, Epoch, EpochLink, Position
 from verifier.mirroring import LogListener, Round
 
 from .core.epochs import founders
@@ -106,12 +106,14 @@ class KeeperRunner(LogListener):
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Make sure that this is the region's only keeper, as far as can be seen; raises :class:`StartError`."""
+        """Make sure that this is the region's only keeper, as far as can be seen; raises :class:`StartError`.
+
+        Both servers are asked: a primary that lags behind does not know what this keeper reported last.
+        """
         self._loop = asyncio.get_running_loop()
-        for node in (self._primary, self._own):
+        for node in (self._own, self._primary):
             with suppress(StoreError):
                 await self._identify(node)
-                return
 
     async def stop(self) -> None:
         """End what is under way, and close the disk."""
@@ -180,10 +182,12 @@ class KeeperRunner(LogListener):
             if not self._begun:
                 self.disk.check()  # once it can be read, the log has to be, from its first entry
                 raise KeeperUnavailable("keeper_disk", "the keeper's disk can be read again")
-            if not self._save(state):
+            holed = not state.gaps <= state.epoch.holes  # whoever starts now lacks what was in one that is not named
+            trimmed_to = state.meta.trimmed_to
+            head = LogHead(state.epoch, state.beat, state.position, holed, trimmed_to, state.gaps, state.at_end)
+            if not self._save(state, head.links):
                 return
-            holed = bool(state.open_gaps)  # also one that this mirror lacks nothing of: others will start later
-            self._head = LogHead(state.epoch, state.beat, state.position, holed, state.meta.trimmed_to, state.gaps)
+            self._head = head
             self.problem = self._why_not(state)
             self._beat_at_ms = self._beat_at_ms if state.beat is None else state.beat.at_ms
             step = self._next_step()
@@ -211,9 +215,8 @@ class KeeperRunner(LogListener):
             self.problem = error.code
             return None
 
-    def _save(self, state: Round | None = None) -> bool:
+    def _save(self, state: Round | None = None, links: tuple[EpochLink, ...] = ()) -> bool:
         """Store what was read; False if the disk does not take it now."""
-        links = () if state is None else (*state.epoch.chain, *state.epoch.known)
         try:
             if self._unsaved or links:
                 self._keeper.read(self._unsaved, links)
@@ -311,7 +314,7 @@ class KeeperRunner(LogListener):
                     f"keeper {report.keeper_id} of this region reported {age_s:.1f} s ago: a region has exactly one"
                 )
                 raise StartError("region_has_keeper", f"{message}; stop it, and wait {KEEPER_ALIVE_S:g} s")
-        if report is not None and report.keeper_id == self.disk.keeper_id and report.commit > self.disk.opened_commit:
+        if self._protocol.is_copy(report, self.disk.keeper_id, self.disk.opened_commit):
             old = self.disk.keeper_id
             await self.in_thread(self.disk.become_another)
             _log.error("this disk is an old copy: the keeper takes a new id", old=old, new=self.disk.keeper_id)

@@ -241,6 +241,7 @@ class TrustLog:
             voters=msgspec.json.encode(dict(bump.voters)).decode(),
             forgotten=msgspec.json.encode(list(forgotten)).decode() if forgotten else "",
             holes=_encoded_holes(bump.holes),
+            chosen="" if bump.chosen is None else msgspec.json.encode(bump.chosen).decode(),
             on_absent=bump.seen is None,
             min_reader_format=min_reader_format,
         )
@@ -325,6 +326,7 @@ class TrustLog:
         voters: str = "",
         forgotten: str = "",
         holes: str = "",
+        chosen: str = "",
         on_absent: bool = False,
         min_reader_format: int = FORMAT,
     ) -> bool:
@@ -346,6 +348,7 @@ class TrustLog:
             str(min_reader_format),
             str(self._max_token_lifetime_s),
             holes,
+            chosen,
         ]
         outcome, *number = await self._primary.run("bump.lua", (META_KEY, EPOCH_KEY, LOG_KEY), list(args))
         self.seen = None

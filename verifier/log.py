@@ -266,8 +266,9 @@ class Entry:
 class EpochLink(msgspec.Struct, frozen=True, omit_defaults=True):
     """One epoch in the chain: who it is, where the one before ended, who votes in it, and whether it ever opened.
 
-    ``voters`` maps a region to its keeper's id, empty for a vacant seat. ``forgotten`` are keeper ids that an operator
-    has given up for good: no majority counts their seats any more.
+    ``voters`` maps a region to its keeper's id, empty for a vacant seat; ``chosen`` is the epoch (number, nonce) for
+    which they were chosen, None for this one: a failover takes them over. ``forgotten`` are keeper ids that an operator
+    has given up for good: no majority waits for them any more.
     """
 
     number: int
@@ -276,6 +277,7 @@ class EpochLink(msgspec.Struct, frozen=True, omit_defaults=True):
     voters: dict[str, str]
     opened: bool
     forgotten: tuple[str, ...] = ()
+    chosen: tuple[int, str] | None = None
 
 
 def _links(text: str) -> tuple[EpochLink, ...]:

@@ -78,7 +78,8 @@ class Round:
     """A complete round: everything up to ``position`` was handed on before, and the rest was read after it.
 
     ``gaps`` are those in the log, ``open_gaps`` those of them that no epoch has answered. One that is not in
-    ``epoch.holes`` keeps mirrors that start now from being fresh, until an epoch is opened that names it.
+    ``epoch.holes`` keeps mirrors that start now from being fresh, until an epoch is opened that names it. ``at_end``:
+    the log ended at ``position`` when the rest was read.
     """
 
     epoch: Epoch
@@ -88,6 +89,7 @@ class Round:
     holed_nonce: str | None
     gaps: frozenset[Hole] = frozenset()
     open_gaps: frozenset[Hole] = frozenset()
+    at_end: bool = True
 
 
 class LogListener:
@@ -324,7 +326,8 @@ class MirrorThread(ABC):
         self._drop_expired(freshness)
         self._publish(freshness=freshness, epoch=state.epoch, connection="tailing", problem=None)
         gaps, open_gaps = frozenset(reader.gaps), frozenset(reader.open_gaps)
-        done = Round(state.epoch, state.meta, state.beat, reader.position, reader.holed_nonce, gaps, open_gaps)
+        at_end = reader.position[:2] == state.last_id
+        done = Round(state.epoch, state.meta, state.beat, reader.position, reader.holed_nonce, gaps, open_gaps, at_end)
         for listener in self._listeners:
             listener.round(done)
 

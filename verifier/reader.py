@@ -202,6 +202,8 @@ class Reader:
             raise Reread("deleted")
         if self.holed_nonce is not None:
             self._check_stains(meta, epoch)
+        if not epoch.holes - self.epoch.holes <= self.gaps:  # found by others, and here only what was in them is held
+            raise Reread("answered")
         if epoch.nonce != self.epoch.nonce and self.witnessed:  # begun after the gaps were met
             self.known, self.open_gaps = self.known | self.gaps, set()
         self.open_gaps -= epoch.holes

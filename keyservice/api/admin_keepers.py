@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from keyservice.bearer import AdminBearer
 from keyservice.core.evidence import Protocol, key_of, majority
 from keyservice.core.keepers import Bump
-from keyservice.core.membership import Verb, change_voters, seats_needed
+from keyservice.core.membership import Verb, change_voters
 from keyservice.errors import PrimaryUnreachable, RequestRefused
 from keyservice.evidence import Evidence
 from keyservice.settings import REGION
@@ -55,7 +55,7 @@ def _described(evidence: Evidence, now_ms: float) -> dict[str, Any]:
         "epoch": {"number": epoch.number, "nonce": epoch.nonce, "open": epoch.open},
         "voters": dict(voters),
         "majority": majority(voters),
-        "missing_to_open": [] if epoch.open else [seats_needed(v, merged) for v in _PROTOCOL.electorates(epoch)],
+        "missing_to_open": [] if epoch.open else [voters.missing(merged) for voters in _PROTOCOL.electorates(epoch)],
         "replicated_to": None if held is None else f"{held[0]}-{held[1]}.{epoch.nonce}",
         "regions": regions,
     }

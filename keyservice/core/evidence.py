@@ -14,7 +14,19 @@ import msgspec
 
 from verifier.log import Beat, Epoch, EpochLink, Hole, Position, parse_stream_id
 
-__all__ = ["EpochKey", "LogHead", "Protocol", "Report", "Voters", "key_of", "majority", "opened", "renewed"]
+__all__ = [
+    "Electorate",
+    "EpochKey",
+    "LogHead",
+    "Protocol",
+    "Report",
+    "Voters",
+    "chosen_in",
+    "key_of",
+    "majority",
+    "opened",
+    "renewed",
+]
 
 Voters = Mapping[str, str]
 """Region to keeper id; an empty id is a vacant seat."""
@@ -32,10 +44,17 @@ def key_of(epoch: Epoch | EpochLink) -> EpochKey:
     return EpochKey(epoch.number, epoch.nonce)
 
 
-class LogHead(NamedTuple):
-    """Where a log that was read to its end stands. ``holed``: this epoch's log lacks an entry that it must have had.
+def chosen_in(link: EpochLink) -> EpochKey:
+    """The epoch for which its voters were chosen."""
+    return key_of(link) if link.chosen is None else EpochKey(*link.chosen)
 
-    ``trimmed_to`` is the stream id up to which it was trimmed on purpose, ``gaps`` are all the holes in it.
+
+class LogHead(NamedTuple):
+    """How far a log was read, and what stood beside it afterwards.
+
+    ``holed``: the log lacks an entry that it must have had, and this epoch does not say so. ``trimmed_to`` is the
+    stream id up to which it was trimmed on purpose, ``gaps`` are all the holes in it. ``at_end``: the log ended at
+    ``position`` when the rest was read.
     """
 
     epoch: Epoch
@@ -44,6 +63,24 @@ class LogHead(NamedTuple):
     holed: bool = False
     trimmed_to: tuple[int, int] | None = None
     gaps: frozenset[Hole] = frozenset()
+    at_end: bool = True
+
+    @property
+    def is_of_epoch(self) -> bool:
+        """Whether what was read is this epoch's history: another one may have taken its place meanwhile."""
+        return self.position.nonce == self.epoch.nonce
+
+    @property
+    def links(self) -> tuple[EpochLink, ...]:
+        """The epochs that stood beside the log, for a keeper to store with what it read.
+
+        Whoever says of an epoch that it has opened must hold what was acknowledged before that: so only a log that was
+        read to its end, and has no hole, teaches it.
+        """
+        links = (*self.epoch.chain, *self.epoch.known)
+        if self.at_end and not self.holed:
+            return links
+        return tuple(msgspec.structs.replace(link, opened=False) for link in links)
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,8 +111,42 @@ def majority(voters: Voters) -> int:
     return len(voters) // 2 + 1
 
 
+class Electorate(NamedTuple):
+    """Keepers of whom so many must have merged."""
+
+    keepers: frozenset[str]
+    needed: int
+
+    @classmethod
+    def of(cls, voters: Voters) -> Electorate:
+        """A majority of these seats; nobody sits in a vacant one."""
+        return cls(frozenset(voters.values()) - {""}, majority(voters))
+
+    @property
+    def able(self) -> bool:
+        """Whether there are enough of them at all."""
+        return len(self.keepers) >= self.needed
+
+    def without(self, forgotten: frozenset[str]) -> Electorate:
+        """The same seats, but for keepers that were given up."""
+        left = self.keepers - forgotten
+        return Electorate(left, min(self.needed, len(left)))
+
+    def missing(self, ids: frozenset[str]) -> int:
+        """How many more of them must merge."""
+        return max(0, self.needed - len(self.keepers & ids))
+
+    def agrees(self, ids: frozenset[str]) -> bool:
+        """Whether enough of them are among these."""
+        return self.missing(ids) == 0
+
+
 class Protocol:
     """The decisions that are made by counting; one method a rule."""
+
+    def is_copy(self, report: Report | None, keeper_id: str, commit: int) -> bool:
+        """Whether a disk is older than what was reported from it: a copy was put back, and is another keeper's."""
+        return report is not None and report.keeper_id == keeper_id and report.commit > commit
 
     def counts(self, report: Report, epoch: Epoch) -> bool:
         """Rule 1: evidence counts in the very epoch that it was given for."""
@@ -95,25 +166,26 @@ class Protocol:
 
     def has_majority(self, voters: Voters, ids: frozenset[str]) -> bool:
         """Whether these keepers hold a majority of the seats."""
-        return sum(keeper_id in ids for keeper_id in voters.values() if keeper_id) >= majority(voters)
+        return Electorate.of(voters).agrees(ids)
 
-    def electorates(self, epoch: Epoch) -> list[Voters]:
+    def electorates(self, epoch: Epoch) -> list[Electorate]:
         """Rule 3: every voter set since the newest epoch known to have opened, that one's and this one's included.
 
         An epoch not known to have opened may have: whoever opened it may be out of reach. One with too few keepers in
-        its seats cannot have. Keepers that an operator gave up for good have no seat in any of them.
+        its seats cannot have. Nobody waits for a keeper that an operator gave up for good; of those that are left
+        every single one is asked, up to the majority: one alone may hold what was acknowledged.
         """
         links = sorted({key_of(link): link for link in (*epoch.known, *epoch.chain)}.values(), key=key_of)
         opened = [key_of(link) for link in links if link.opened and key_of(link) < key_of(epoch)]
         since = max(opened) if opened else key_of(links[0])
-        able = [link.voters for link in links if since <= key_of(link) < key_of(epoch) and _could_open(link.voters)]
-        forgotten = {keeper_id for link in links for keeper_id in link.forgotten}
-        return [*_without(able, forgotten), epoch.chain[-1].voters]
+        forgotten = frozenset(keeper_id for link in links for keeper_id in link.forgotten)
+        before = [Electorate.of(link.voters) for link in links if since <= key_of(link) < key_of(epoch)]
+        return [*(voters.without(forgotten) for voters in before if voters.able), Electorate.of(epoch.chain[-1].voters)]
 
     def may_open(self, epoch: Epoch, reports: Iterable[Report]) -> bool:
         """Rule 3: whether enough keepers have merged."""
         ids = self.merged_ids(epoch, reports)
-        return all(self.has_majority(voters, ids) for voters in self.electorates(epoch))
+        return all(voters.agrees(ids) for voters in self.electorates(epoch))
 
     def holders(self, position: Position, epoch: Epoch, reports: Iterable[Report]) -> frozenset[str]:
         """Keepers that are merged into the epoch and hold this position of its history."""
@@ -145,15 +217,6 @@ class Protocol:
         return reached[needed - 1] if len(reached) >= needed else None
 
 
-def _could_open(voters: Voters) -> bool:
-    return sum(bool(keeper_id) for keeper_id in voters.values()) >= majority(voters)
-
-
-def _without(electorates: Iterable[Voters], forgotten: set[str]) -> list[Voters]:
-    left = ({r: keeper_id for r, keeper_id in voters.items() if keeper_id not in forgotten} for voters in electorates)
-    return [voters for voters in left if voters]
-
-
 def renewed(report: Report | None, newer: Report) -> Report:
     """The record after a report: within one nonce nothing moves back, and a beat once confirmed stays so."""
     if report is None or report.epoch != newer.epoch or report.keeper_id != newer.keeper_id:
@@ -164,7 +227,7 @@ def renewed(report: Report | None, newer: Report) -> Report:
         )
     if parse_stream_id(newer.held) < parse_stream_id(report.held):
         newer = msgspec.structs.replace(newer, held=report.held)
-    return newer
+    return msgspec.structs.replace(newer, commit=max(newer.commit, report.commit))
 
 
 def opened(epoch: Epoch) -> Epoch:

@@ -17,9 +17,12 @@ A keeper's life in one epoch, from what its own replica shows:
     an epoch whose log has a hole          opens a new epoch that names it, which all merge into: nothing stays lost,
                                            and verifiers that start later know that it was answered
 
-Before it merges it also makes sure of the voters: where it knows a newer epoch than the one before this, that this
-history lacks and that had other voters, a log that lags behind has brought old voters back; it opens a new epoch with
-the newer ones. On a server that holds no log at all it does the same, with the voters on its disk.
+Before it merges it also makes sure of the voters: where it knows of some that were chosen later than this epoch's, a
+log that lags behind has brought old voters back; it opens a new epoch with the newer ones. On a server that holds no
+log at all it does the same, with the voters on its disk that were chosen last.
+
+It merges only into an epoch whose history it has read: between two reads another history may have taken the place of
+the one that it knows.
 
 Rules, each of which a model shows to be needed (``regions model``):
 
@@ -57,7 +60,7 @@ import msgspec
 from keyservice.limits import APPEND_ENTRIES_MAX
 from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Hole, Position
 
-from .evidence import EpochKey, LogHead, Report, Voters, key_of
+from .evidence import EpochKey, LogHead, Report, Voters, chosen_in, key_of
 from .trimming import kept_links
 
 __all__ = ["Add", "Bump", "Disk", "Keeper", "MemoryDisk", "Register", "Send", "Step"]
@@ -157,18 +160,24 @@ class Register:
 class Bump:
     """Open a new epoch above this number, after the one that was seen (None: on a server without a log).
 
-    ``holes`` are those that were found in the log; the new epoch answers them.
+    ``holes`` are those that were found in the log; the new epoch answers them. ``chosen`` is the epoch for which the
+    voters were chosen, None for this very one.
     """
 
     above: int
     seen: EpochKey | None
     voters: Voters
     holes: frozenset[Hole] = frozenset()
+    chosen: EpochKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Append these entries and name these epochs, in the epoch that was seen. ``complete``: nothing more is lacking."""
+    """Append these entries and name these epochs, in the epoch that was seen. ``complete``: nothing more is lacking.
+
+    Epochs are named together with the last of the entries: who hears that an epoch has opened may rely on it that
+    whatever was acknowledged before that is in the log.
+    """
 
     seen: EpochKey
     entries: tuple[Entry, ...]
@@ -194,9 +203,10 @@ class Keeper:
     decided again.
     """
 
-    def __init__(self, region: str, disk: Disk) -> None:
+    def __init__(self, region: str, disk: Disk, *, add_entries_max: int = APPEND_ENTRIES_MAX) -> None:
         self.region = region
         self.disk = disk
+        self._add_entries_max = add_entries_max
         self._missing: dict[bytes, None] = dict.fromkeys(disk.digests())
         self._pass: EpochKey | None = None
         self._merged: EpochKey | None = None
@@ -224,7 +234,7 @@ class Keeper:
         self._missing = dict.fromkeys(self.disk.digests())
 
     def read(self, items: Iterable[tuple[Position, Entry]], links: Iterable[EpochLink] = ()) -> None:
-        """Store what the replica shows, whatever the epoch (rule 5).
+        """Store what the replica shows, whatever the epoch (rule 5); ``links`` are :attr:`LogHead.links`.
 
         Of a log that names no epoch which is on disk, the epochs wait until the primary has taken something in one of
         them: a replica that was led to another system's primary must not bring that one's voters here.
@@ -267,14 +277,17 @@ class Keeper:
     # -- deciding -------------------------------------------------------------------------------------------------
 
     def next_step(self, head: LogHead | None, mono: float) -> Step | None:
-        """What to do about the log as it is shown (None: no log at all), after it was read to its end."""
+        """What to do about the log as far as it was read (None: there is no log at all)."""
         if head is None:
             return self.bump_above(None) if self.disk.links else Register(self.disk.keeper_id)
-        seen = self._pass = key_of(head.epoch)
+        seen = key_of(head.epoch)
+        self._pass = seen if head.is_of_epoch else None
         if self.is_outvoted(head) or self.has_newer_voters(head):
             return self.bump_above(seen)
-        if head.holed:
-            return Bump(self.bump_above(seen).above, seen, head.epoch.chain[-1].voters, head.gaps)
+        if head.holed or (head.at_end and not head.is_of_epoch):
+            return self._bump(seen, head.epoch.chain[-1], head.gaps)
+        if not head.is_of_epoch:
+            return None
         add = self.lacking(head, mono)
         if self._merged != seen or add.entries:
             return add
@@ -288,12 +301,13 @@ class Keeper:
         named = {key_of(link): link.opened for link in (*head.epoch.chain, *head.epoch.known)}
         needed = {key_of(link): link for link in kept_links(self.disk.links.values(), head.epoch, head.trimmed_to)}
         links = tuple(link for key, link in needed.items() if key not in named or link.opened > named[key])
-        chunk = digests[:APPEND_ENTRIES_MAX]
+        chunk = digests[: self._add_entries_max]
         entries = tuple(self.disk.get(chunk))
         if len(entries) != len(chunk):  # some have expired and were dropped
             for digest in set(chunk) - {entry.digest() for entry in entries}:
                 del self._missing[digest]
-        return Add(seen, entries, links, complete=len(chunk) == len(digests))
+        complete = len(chunk) == len(digests)
+        return Add(seen, entries, links if complete else (), complete)
 
     def _lacking(self, seen: EpochKey, mono: float) -> list[bytes]:
         added = self._added if self._added_in == seen else ()
@@ -311,19 +325,18 @@ class Keeper:
         return self.disk.promise is not None and key_of(head.epoch) < self.disk.promise
 
     def has_newer_voters(self, head: LogHead) -> bool:
-        """Whether a laggard log has brought old voters back."""
-        history = {key_of(link) for link in head.epoch.chain}
-        epoch = head.epoch.chain[-1]
-        before = max((key for key in history if key < key_of(epoch)), default=EpochKey(0, ""))
-        newer = [key for key in self.disk.links if before < key < key_of(epoch) and key not in history]
-        return bool(newer) and dict(self.disk.links[max(newer)].voters) != dict(epoch.voters)
+        """Whether voters are known that were chosen later: a laggard log has brought old ones back."""
+        newest = max(map(chosen_in, self.disk.links.values()), default=None)
+        return newest is not None and newest > chosen_in(head.epoch.chain[-1])
 
     def bump_above(self, seen: EpochKey | None) -> Bump:
-        """A new epoch above everything known, with the voters of the newest one."""
-        newest = max(key for key in self.disk.links if seen is None or key != seen or len(self.disk.links) == 1)
+        """A new epoch above everything known, with the voters that were chosen last."""
+        return self._bump(seen, max(self.disk.links.values(), key=chosen_in))
+
+    def _bump(self, seen: EpochKey | None, link: EpochLink, holes: frozenset[Hole] = frozenset()) -> Bump:
         known = (*self.disk.links, seen, self.disk.promise)
         numbers = [key.number for key in known if key is not None]
-        return Bump(max(numbers), seen, self.disk.links[newest].voters)
+        return Bump(max(numbers), seen, link.voters, holes, chosen_in(link))
 
     def added(self, add: Add, beat_n: int, mono: float) -> None:
         """The primary has taken these entries; ``beat_n`` is the newest beat of its epoch, -1 for none.

@@ -8,14 +8,14 @@ keepers held is lost, which is why it has to be accepted aloud.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from keyservice.errors import RequestRefused
 from verifier.log import Epoch
 
-from .evidence import Protocol, Report, Voters, majority
+from .evidence import Protocol, Report, Voters
 
 __all__ = ["Change", "Verb", "change_voters"]
 
@@ -84,9 +84,3 @@ def _forget(epoch: Epoch, voters: dict[str, str], keeper_id: str | None, accept_
     if not accept_loss:
         raise RequestRefused("loss_not_accepted", f"{at_risk}; repeat with accept_loss", status=409)
     return Change({r: "" if seat == keeper_id else seat for r, seat in voters.items()}, (keeper_id,), at_risk)
-
-
-def seats_needed(voters: Voters, merged: Iterable[str]) -> int:
-    """How many more keepers must merge before a majority of these voters has."""
-    have = set(merged)
-    return max(0, majority(voters) - sum(seat in have for seat in voters.values() if seat))

@@ -3,7 +3,8 @@
 -- entry id, region, voters (JSON; "" keeps those of the epoch before), forgotten keeper ids (JSON list; "" for none), "1"
 -- if the caller may do it only where some of the log is missing, and what meta is made of if that is missing:
 -- incarnation ("" if the caller may not make it), format, min_reader_format, max_token_lifetime_s; and the holes that the
--- caller found in the log (JSON list of pairs; "" keeps those that an epoch before has named).
+-- caller found in the log (JSON list of pairs; "" keeps those that an epoch before has named); and the epoch for which the
+-- voters were chosen (JSON; "" for this one).
 -- Returns {"bumped", number}, {"lost"} if things are not as the caller saw them, or {"waiting"} if there is no meta.
 local replid, refusal = master_replid()
 if not replid then
@@ -41,12 +42,14 @@ for _, link in ipairs(chain) do
   end
 end
 
-local voters = ARGV[7]
+local voters, chosen = ARGV[7], ARGV[15] ~= '' and cjson.decode(ARGV[15]) or nil
 if voters == '' then
-  voters = #chain > 0 and cjson.encode(chain[#chain].voters) or '{}'
+  local before = chain[#chain]
+  voters = before and cjson.encode(before.voters) or '{}'
+  chosen = before and (before.chosen or {before.number, before.nonce}) or nil
 end
 local link = {number = tonumber(following), nonce = ARGV[3], previous = previous or cjson.null,
-  voters = cjson.decode(voters), opened = false}
+  voters = cjson.decode(voters), opened = false, chosen = chosen}
 if ARGV[8] ~= '' then
   link.forgotten = cjson.decode(ARGV[8])
 end

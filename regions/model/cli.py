@@ -57,11 +57,13 @@ def _replay(seed: int, system: Mutant, as_json: bool) -> bool:
     if as_json:
         _emit("replay", **_summary(outcome), mutant=system.name, trace=outcome.trace)
     else:
-        _say(f"seed {seed}, {outcome.flavour}, {outcome.regions} regions; seconds, and epochs as ms.nonce:")
+        _say(f"seed {seed}, flavour {outcome.flavour}, {outcome.regions} regions; {system.name}: {system.rule}")
+        _say("time in seconds; an epoch is named by its number (ms since the start) and nonce, an entry e1, e2, …")
         for line in outcome.trace:
             _say(line)
         ending = "nothing was broken" if outcome.violation is None else f"broken: {outcome.violation}"
-        _say(f"{ending}; {outcome.acknowledged} acknowledged")
+        counts = f"{outcome.acknowledged} acknowledged, {outcome.epochs} epochs, {outcome.losses} disks lost"
+        _say(f"{ending}; {counts}")
     return outcome.violation is None
 
 
@@ -72,7 +74,10 @@ def _summary(outcome: Outcome) -> dict[str, object]:
         "flavour": outcome.flavour,
         "regions": outcome.regions,
         "acknowledged": outcome.acknowledged,
+        "epochs": outcome.epochs,
+        "disks_lost": outcome.losses,
         "promise": promise,
+        "message": None if outcome.violation is None else str(outcome.violation),
     }
 
 

@@ -1,30 +1,59 @@
-"""One seed, one schedule: faults at random (safety), then healing and a demand for progress (liveness)."""
+"""One seed, one schedule: faults at random (safety), then healing and a demand for progress (liveness).
+
+What P2 promises where disks are lost is the rule of :mod:`regions.model.budget`; schedules lose a disk whenever that
+allows one more to go, and never else. Servers are promoted, restarted from old state, wiped and emptied without any
+limit, because truth is what keepers hold. An operator deletes single entries from a log only where the newest open
+epoch carries them: an entry that has just come over from an older epoch has only its log to bring it to the others.
+
+The flavour ``disaster`` is beyond the promise: more disks are lost than that, and an operator says so (``forget``).
+Then only what a voter that is left still holds is owed, and progress as always.
+
+P3 is held against ``max_staleness_s`` and the larger of ``max_skew_s`` and how far the clock of any primary was ever
+ahead of the verifier's.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from keyservice.core.evidence import key_of
-from regions.model.checkers import Violation, check_always, check_healed, check_opened, is_healed
+from regions.model import faults
+from regions.model.checkers import (
+    BOUND_S,
+    EPOCHS_MAX,
+    Violation,
+    check_always,
+    check_healed,
+    check_opened,
+    check_quiet,
+    is_healed,
+)
 from regions.model.mutants import HEALTHY, Mutant
-from regions.model.server import Refused
+from regions.model.parts import Region
 from regions.model.skeletons import SKELETONS
-from regions.model.world import Region, World, _short
+from regions.model.world import World
 
-__all__ = ["Outcome", "Schedule", "run_schedule"]
+__all__ = ["FLAVOURS", "Outcome", "Schedule", "run_schedule"]
 
-STEPS = 260
+STEPS = 200
 TORN = 0.3
-"""How often a verifier's round is no single moment's."""
+"""How often a round is no single moment's."""
 
 LATE = 0.2
 """How often a keeper's step is not carried out at once."""
 
-FLAVOURS = ["mixed", "members", "growth", "disks", "flapping", *SKELETONS]
+DIES = 0.01
+"""How often a keeper dies while it stores what it read."""
+
+FLAVOURS = ["mixed", "members", "growth", "disks", "flapping", "operators", *SKELETONS]
 HEAL_ROUNDS = 60
+QUIET_ROUNDS = 5
+SET_MS = 1_000
+"""How far clocks are off after healing: the difference counts as staleness."""
+SOME = [1, 3, 3, 3, 4, 5]
 NAMES = ["a", "b", "c", "d", "e"]
+GROWING = ("growth", "sides", "reverted", "thin", "carried")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +66,9 @@ class Outcome:
     acknowledged: int
     epochs: int
     violation: Violation | None
-    trace: tuple[str, ...] = ()
+    healing_epochs: int = 0
+    losses: int = 0
+    trace: tuple[str, ...] = field(default=(), repr=False)
 
 
 class Schedule:
@@ -46,24 +77,16 @@ class Schedule:
     def __init__(self, seed: int, mutant: Mutant) -> None:
         self.rng = random.Random(seed)
         self.flavour = self.rng.choice(FLAVOURS)
-        grows = self.flavour in ("growth", "sides")
-        self.count = 5 if grows else self.rng.choice([3, 3, 3, 5] if self.flavour in SKELETONS else [1, 3, 3, 3, 3, 5])
+        grows = self.flavour in GROWING
+        few = [3, 4, 5, 5] if self.flavour == "disaster" else [3, 3, 3, 5] if self.flavour in SKELETONS else SOME
+        self.count = 5 if grows else self.rng.choice(few)
         names = NAMES[: self.count]
         self.voters = names[:3] if grows else names
-        self.world = World(
-            names,
-            mutant.protocol(),
-            self.rng,
-            keeper=mutant.keeper,
-            disk=mutant.disk,
-            verifier=mutant.verifier,
-            server=mutant.server,
-            voters=self.voters,
-        )
-        self.mutant = mutant
+        self.world = World(names, self.voters, mutant.parts, self.rng)
         self.harshness = self.rng.choice([0.03, 0.08, 0.15])
-        self.losses_left = (min(3, self.count) - 1) // 2
         self.latest = names[0]
+        self.losses = 0
+        self.healing_epochs = 0
         world = self.world
         self.everyday: list[Callable[[Region], None]] = [
             world.replicate,
@@ -82,6 +105,7 @@ class Schedule:
         """Raises `Violation`."""
         skeleton = SKELETONS.get(self.flavour)
         if skeleton is None:
+            self.rounds(self.rng.randint(2, 6))
             self.live(STEPS, self.harshness)
         else:
             skeleton(self)
@@ -90,17 +114,22 @@ class Schedule:
     def live(self, steps: int, harshness: float = 0.0) -> None:
         """So many steps of somebody, each a fault with the probability `harshness`."""
         world = self.world
-        faults = self.faults() if harshness else []
+        kinds = faults.of_flavour(self.flavour) if harshness else []
         for _ in range(steps):
             world.now_ms += self.rng.choice((5, 20, 60, 150, 400))
             if self.rng.random() < harshness:
-                self.rng.choice(faults)()
+                self.rng.choice(kinds)(self)
             else:
                 self.rng.choices(self.everyday, self.weights)[0](self.somebody())
-                check_always(world)
-                check_opened(world)
+                self.check()
+
+    def check(self) -> None:
+        """What must hold all the time."""
+        check_always(self.world)
+        check_opened(self.world)
 
     def somebody(self) -> Region:
+        """Any region."""
         return self.rng.choice(list(self.world.regions.values()))
 
     def rounds(self, count: int, pace_ms: tuple[int, ...] = (60, 150, 400)) -> None:
@@ -116,209 +145,31 @@ class Schedule:
                 for step in (world.write, self.keep, world.open, world.beat, world.settle_receipts, self.look):
                     if self.rng.random() < (0.1 if step == world.write else 0.7):
                         step(region)
-            check_always(world)
-            check_opened(world)
+            self.check()
 
-    weights = (5, 3, 8, 8, 2, 4, 4, 1)
+    weights = (7, 3, 9, 7, 4, 4, 4, 1)
 
     def look(self, region: Region) -> None:
+        """A round of its verifier."""
         self.world.look(region, torn=TORN)
 
     def keep(self, region: Region) -> None:
-        self.world.keep(region, late=LATE)
-
-    def faults(self) -> list[Callable[[], None]]:
-        """What may go wrong, as often as it is named; the flavour names one kind more often."""
-        common = [
-            self.promote,
-            self.promote,
-            self.demote,
-            self.demote,
-            self.stray,
-            self.restart,
-            self.wipe,
-            self.stop_server,
-            self.cut_off,
-            self.split,
-            self.join,
-            self.join,
-            self.crash_keeper,
-            self.keeper_down_or_up,
-            self.lose_keeper,
-            self.change_voters,
-        ]
-        more: dict[str, list[Callable[[], None]]] = {
-            "mixed": [],
-            "members": [self.change_voters] * 8 + [self.promote] * 3,
-            "growth": [self.change_voters] * 4 + [self.promote] * 3 + [self.split] * 6 + [self.elect] * 6,
-            "disks": [self.lose_keeper] * 5 + [self.split] * 4 + [self.elect] * 5,
-            "flapping": [self.promote] * 5 + [self.stray] * 8 + [self.demote] * 3,
-        }
-        return common + more.get(self.flavour, [])
+        """A turn of its keeper."""
+        self.world.keep(region, late=LATE, torn=TORN, dies=DIES)
+        if self.rng.random() < 0.1:
+            faults.take_copy(self, region)
 
     def learn(self, region: Region) -> None:
         """A region hears of the latest promotion, if it can reach that server."""
         if self.world.reaches(region.name, self.latest):
             region.primary, region.seen = self.latest, None
 
-    def promote(self) -> None:
-        """The failover engine makes any server a primary, however far behind; the old one may not notice."""
-        region = self.somebody()
-        if region.server.upstream is None or not region.server.alive:
-            return
-        region.server.become_primary(self.world.fresh())
-        self.latest = region.name
-        self.world.say(f"{region.name} is promoted with {len(region.server.data.log)} entries")
-        for other in self.world.regions.values():
-            if self.rng.random() < 0.6:
-                self.learn(other)
-                if self.rng.random() < 0.7 and other is not region:
-                    self.point(other, region)
-
-    def point(self, region: Region, primary: Region) -> None:
-        """A server becomes a replica, and loses what its new primary does not have."""
-        region.server.upstream, region.server.followed = primary.server, None
-
-    def demote(self) -> None:
-        region, latest = self.somebody(), self.world.regions[self.latest]
-        if region is not latest and self.world.reaches(region.name, self.latest):
-            self.point(region, latest)
-            self.world.say(f"{region.name} follows {self.latest}")
-
-    def stray(self) -> None:
-        """A replica follows another primary than the latest, and its region takes that one for the primary."""
-        self.stray_to(self.somebody(), self.somebody())
-
-    def stray_to(self, region: Region, other: Region) -> None:
-        strays = other.server.upstream is None and region.server.upstream is not None
-        if region is not other and strays and self.world.reaches(region.name, other.name):
-            self.point(region, other)
-            region.primary, region.seen = other.name, None
-            self.world.say(f"{region.name} strays to {other.name}")
-
-    def restart(self) -> None:
-        """A server comes back from its disk, which may be old."""
-        region = self.somebody()
-        newest = len(region.server.history) - 1
-        version = newest if self.rng.random() < 0.5 else self.rng.randint(max(0, newest - 12), newest)
-        region.server.restart(self.world.fresh(), version)
-        self.world.say(f"{region.name} restarts, {newest - version} writes behind")
-
-    def wipe(self) -> None:
-        region = self.somebody()
-        if self.rng.random() < 0.3:
-            region.server.wipe(self.world.fresh())
-            self.world.say(f"{region.name}'s server is wiped")
-
-    def stop_server(self) -> None:
-        region = self.somebody()
-        region.server.alive = False
-        self.world.say(f"{region.name}'s server stops")
-
-    def cut_off(self) -> None:
-        region = self.somebody()
-        for other in self.world.regions:
-            if other != region.name and self.rng.random() < 0.8:
-                self.world.cut.add(frozenset((region.name, other)))
-        self.world.say(f"{region.name} is cut off")
-
-    def split(self) -> None:
-        """Two sides that do not see each other."""
-        names = sorted(self.world.regions)
-        self.part(set(self.rng.sample(names, self.rng.randint(1, max(1, len(names) // 2)))))
-
-    def part(self, side: set[str]) -> None:
-        """These regions and the others do not see each other."""
-        names = sorted(self.world.regions)
-        self.world.cut = {frozenset((a, b)) for a in side for b in names if b not in side}
-        self.world.say(f"split: {', '.join(sorted(side))} from the rest")
-
-    def elect(self, *, laggard: bool = False) -> None:
-        """Those who cannot reach the latest primary promote one of their own, and follow it."""
-        cut_off = [r for r in self.world.regions.values() if not self.world.reaches(r.name, self.latest)]
-        able = [r for r in cut_off if r.server.alive and r.server.upstream is not None]
-        if not able:
-            return
-        chosen = min(able, key=lambda r: len(r.server.data.log)) if laggard else self.rng.choice(able)
-        self.lead(chosen, cut_off)
-
-    def lead(self, chosen: Region, followers: list[Region]) -> None:
-        """A server becomes a primary, and those of the others that reach it follow it."""
-        chosen.server.become_primary(self.world.fresh())
-        self.latest = chosen.name
-        self.world.say(f"{chosen.name} is elected with {len(chosen.server.data.log)} entries")
-        for region in followers:
-            if region is not chosen and self.world.reaches(region.name, chosen.name):
-                self.point(region, chosen)
-            self.learn(region)
-
-    def join(self) -> None:
-        for pair in sorted(self.world.cut, key=sorted):
-            if self.rng.random() < 0.5:
-                self.world.cut.discard(pair)
-
-    def crash_keeper(self) -> None:
-        self.world.crash(self.somebody())
-
-    def keeper_down_or_up(self) -> None:
-        region = self.somebody()
-        region.keeper_up = not region.keeper_up
-
-    def lose_keeper(self) -> None:
-        """A keeper loses its disk, or is put back from a copy: another keeper from then on."""
-        if self.losses_left == 0 and not self.is_whole():
-            return
-        self.lose_keeper_of(self.somebody(), 0.7)
-
-    def is_whole(self) -> bool:
-        """Whether one more disk may be lost: all voters are there, merged, and hold everything acknowledged."""
-        epoch = self.world.regions[self.latest].server.data.epoch
-        if epoch is None or not epoch.open or len(self.world.protocol.voters(epoch)) < 3:
-            return False
-        key, disks = key_of(epoch), {r.disk.keeper_id: r.disk for r in self.world.regions.values()}
-        owed = {acknowledged.entry.digest() for acknowledged in self.world.acknowledged}
-        voters = [disks.get(keeper_id) for keeper_id in self.world.protocol.voters(epoch).values()]
-        return all(
-            disk is not None and disk.promise == key and disk.links[key].opened and owed <= disk.entries.keys()
-            for disk in voters
-        )
-
-    def lose_keeper_of(self, region: Region, with_server: float) -> None:
-        """With the probability `with_server` the host is gone, and its server's data too."""
-        self.losses_left = 0
-        self.mutant.lose(self.world, region)
-        if self.rng.random() < with_server and region.server.upstream is not None:
-            region.server.wipe(self.world.fresh())
-        self.world.say(f"keeper {region.name} lost its disk; it is {region.disk.keeper_id} now")
-
-    def change_voters(self) -> None:
-        """An operator gives seats to the keepers that now run in all regions, or in three of them."""
-        names = sorted(self.world.regions)
-        seats = names if self.rng.random() < 0.6 else sorted(self.rng.sample(names, min(3, len(names))))
-        self.seat(self.somebody(), seats)
-
-    def seat(self, region: Region, seats: list[str]) -> None:
-        """An operator in this region gives the seats to the keepers that now run in these regions."""
-        server = self.world.primary_for(region)
-        if server is None or server.data.epoch is None:
-            return
-        voters = {name: self.world.regions[name].disk.keeper_id for name in seats}
-        try:
-            seen = key_of(server.checked(key_of(server.data.epoch)))
-        except Refused:
-            return
-        made = server.bump(
-            seen, self.world.nonce(), above=0, voters=voters, now_ms=self.world.now_ms, region=region.name
-        )
-        self.world.say(f"an operator changes the voters on {server.region}: {_short(made)}, {', '.join(seats)}")
-        if len(seats) < 3:  # two voters tolerate no loss
-            self.losses_left = 0
-
     # -- liveness -------------------------------------------------------------------------------------------------
 
     def heal(self) -> None:
         """Everything runs and reaches everything; one primary. Then progress is owed."""
         world = self.world
+        world.say_state(BOUND_S)
         world.say("everything heals")
         world.cut.clear()
         latest = world.regions[self.latest]
@@ -326,24 +177,37 @@ class Schedule:
             if not region.server.alive:
                 region.server.restart(world.fresh(), len(region.server.history) - 1)
             region.keeper_up, region.primary, region.seen = True, self.latest, None
+            faults.set_clock(self, region, self.rng.randint(-SET_MS, SET_MS), self.rng.randint(-SET_MS, SET_MS))
             if region is not latest:
-                self.point(region, latest)
+                faults.point(region, latest)
         latest.server.upstream = None
+        begun = len(world.budget.begun)
         for count in range(1, HEAL_ROUNDS + 1):
-            world.now_ms += 200
-            for region in world.regions.values():
-                self.full_turn(region)
-            check_always(world)
-            check_opened(world)
-            if count % 5 == 0 and is_healed(world):
+            self.full_round()
+            if self.flavour == "disaster" and count % 10 == 0:
+                faults.forget(self, latest, replace=True)
+            if count % 3 == 0 and is_healed(world, latest.server):
                 break
-        check_healed(world)
+        check_healed(world, latest.server)
+        self.healing_epochs = len(world.budget.begun) - begun
+        if self.healing_epochs > EPOCHS_MAX and self.flavour != "disaster":
+            raise Violation("no progress", f"{self.healing_epochs} epochs began while everything healed")
+        begun = len(world.budget.begun)
+        for _ in range(QUIET_ROUNDS):
+            self.full_round()
+        check_quiet(world, latest.server, begun)
 
-    def full_turn(self, region: Region) -> None:
+    def full_round(self) -> None:
+        """200 ms in which everybody does everything, in any order."""
         world = self.world
-        world.replicate(region, fully=True)
-        for step in (world.keep, world.open, world.beat, world.settle_receipts, world.look):
-            step(region)
+        world.now_ms += 200
+        regions = list(world.regions.values())
+        self.rng.shuffle(regions)
+        for region in regions:
+            world.replicate(region, fully=True)
+            for step in (world.keep, world.open, world.beat, world.settle_receipts, world.look):
+                step(region)
+        self.check()
 
 
 def run_schedule(seed: int, mutant: Mutant = HEALTHY, *, trace: bool = False) -> Outcome:
@@ -356,7 +220,16 @@ def run_schedule(seed: int, mutant: Mutant = HEALTHY, *, trace: bool = False) ->
         schedule.run()
     except Violation as found:
         violation = found
-        world.say(str(found))
-    epochs = max(len(r.server.data.epoch.chain) if r.server.data.epoch else 0 for r in world.regions.values())
-    lines = tuple(world.trace or ())
-    return Outcome(seed, schedule.flavour, schedule.count, len(world.acknowledged), epochs, violation, lines)
+        world.say_state(BOUND_S)
+        world.say(found)
+    return Outcome(
+        seed=seed,
+        flavour=schedule.flavour,
+        regions=schedule.count,
+        acknowledged=len(world.acknowledged),
+        epochs=len(world.budget.begun),
+        violation=violation,
+        healing_epochs=schedule.healing_epochs,
+        losses=schedule.losses,
+        trace=tuple(world.trace or ()),
+    )

@@ -7,15 +7,17 @@ versions, in order, and any of them may be what is left after a promotion or a r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 
 from keyservice.core.evidence import EpochKey, Protocol, Report, Voters, key_of, opened, renewed
-from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Meta, Position
+from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Hole, Meta, Position
 
-__all__ = ["EMPTY", "Data", "Refused", "Server", "StoredEntry"]
+__all__ = ["EMPTY", "Data", "NewEpoch", "Refused", "Server", "StoredEntry"]
 
 
 class StoredEntry(Entry):
@@ -29,19 +31,30 @@ class StoredEntry(Entry):
         return self._digest
 
 
+@dataclass(frozen=True, slots=True)
+class NewEpoch:
+    """What whoever begins an epoch decides of it."""
+
+    voters: Voters
+    above: int = 0
+    forgotten: tuple[str, ...] = ()
+    holes: frozenset[Hole] = frozenset()
+    chosen: EpochKey | None = None
+
+
 class Refused(Exception):
     """A script refused before it wrote anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
-    """All keys of `{trust}:` at one moment."""
+class Data(NamedTuple):
+    """All keys of `{trust}:` at one moment. `top` is the last id that the stream gave, also to an entry now deleted."""
 
     meta: Meta | None = None
     epoch: Epoch | None = None
     log: tuple[tuple[Position, Entry], ...] = ()
+    top: tuple[int, int] = (0, 0)
     beat: Beat | None = None
-    reports: Mapping[str, Report] = field(default_factory=dict)
+    reports: Mapping[str, Report] = MappingProxyType({})
 
 
 EMPTY = Data()
@@ -71,14 +84,16 @@ class Server:
         self.clock_offset_ms = 0
         self.history: list[Data] = [EMPTY]
         self.followed: tuple[int, int] | None = None
+        self.deleted: set[str] = set()
+        self.looked_at: tuple[object, int] = (None, 0)
 
     @property
     def data(self) -> Data:
         """The keys as they are now."""
         return self.history[-1]
 
-    def _write(self, **changes: object) -> None:
-        self.history.append(replace(self.data, **changes))  # type: ignore[arg-type]  # fields of Data
+    def _write(self, **changes: Any) -> None:
+        self.history.append(self.data._replace(**changes))
 
     # -- replication ----------------------------------------------------------------------------------------------
 
@@ -106,6 +121,15 @@ class Server:
         """Come back with nothing."""
         self.replid, self.followed, self.alive, self.history = replid, None, True, [EMPTY]
 
+    def flush(self) -> None:
+        """An operator deletes everything; the server goes on under its replication id."""
+        self.history.append(EMPTY)
+
+    def delete(self, position: Position) -> None:
+        """An operator deletes an entry of the log."""
+        self.deleted.update(entry.value for held, entry in self.data.log if held == position)
+        self._write(log=tuple(item for item in self.data.log if item[0] != position))
+
     # -- scripts --------------------------------------------------------------------------------------------------
 
     def checked(self, seen: EpochKey) -> Epoch:
@@ -128,10 +152,10 @@ class Server:
     def append(self, seen: EpochKey, entries: Iterable[Entry], links: Iterable[EpochLink] = ()) -> int:
         """Append entries and name epochs; the newest beat's number, -1 for none in this epoch."""
         epoch = self.checked(seen)
-        log = list(self.data.log)
-        first = log[-1][0].seq + 1 if log[-1][0].epoch == epoch.number else 1
-        log += [(Position(epoch.number, first + i, epoch.nonce), entry) for i, entry in enumerate(entries)]
-        self._write(log=tuple(log), epoch=named(epoch, links))
+        first = self.data.top[1] + 1
+        new = [(Position(epoch.number, first + i, epoch.nonce), entry) for i, entry in enumerate(entries)]
+        top = new[-1][0][:2] if new else self.data.top
+        self._write(log=(*self.data.log, *new), top=top, epoch=named(epoch, links))
         beat = self.data.beat
         return beat.n if beat is not None and beat.nonce == epoch.nonce else -1
 
@@ -150,7 +174,7 @@ class Server:
         held = self.data.beat if self.data.beat is not None and self.data.beat.nonce == epoch.nonce else None
         beat = Beat(
             nonce=epoch.nonce,
-            n=0 if held is None else held.n + 1,
+            n=(self._newest_reported(epoch) if held is None else held.n) + 1,
             at_ms=now_ms + self.clock_offset_ms,
             position=Position(*self.data.log[-1][0][:2], epoch.nonce),
             generation=Generation(epoch.number, 0),
@@ -166,15 +190,21 @@ class Server:
             confirmed_position=Position(number, seq, epoch.nonce),
         )
 
+    def _newest_reported(self, epoch: Epoch) -> int:
+        """The highest number of a beat of this epoch that a region has reported: numbers never move back."""
+        seats = self.protocol.voters(epoch)
+        reports = (r for name, r in self.data.reports.items() if name in seats and r.nonce == epoch.nonce)
+        return max((report.beat_n for report in reports), default=-1)
+
     def open_epoch(self, seen: EpochKey, now_ms: int) -> None:
-        """Open the epoch, and issue a beat anew: only beats of an open epoch count."""
+        """Open the epoch, and issue a beat anew: only beats of an open epoch count. An open one stays as it is."""
         epoch = opened(self.checked(seen))
+        if self.data.epoch is not None and self.data.epoch.open:
+            return
         self._write(epoch=epoch)
         self._write(beat=self._next_beat(epoch, now_ms))
 
-    def bump(
-        self, seen: EpochKey | None, nonce: str, *, above: int, voters: Voters, now_ms: int, region: str
-    ) -> EpochKey | None:
+    def bump(self, seen: EpochKey | None, nonce: str, new: NewEpoch, *, now_ms: int, region: str) -> EpochKey | None:
         """A new epoch by compare-and-set; None if the epoch is another one than was seen."""
         if self.upstream is not None:
             raise Refused("TRUST_NOT_PRIMARY")
@@ -182,15 +212,18 @@ class Server:
         if (None if held is None else key_of(held)) != seen:
             return None
         last = self.data.log[-1][0] if self.data.log else None
-        numbers = [above + 1, now_ms + self.clock_offset_ms, 0 if held is None else held.number + 1]
+        numbers = [new.above + 1, now_ms + self.clock_offset_ms, 0 if held is None else held.number + 1]
         number = max(*numbers, 0 if last is None else last.epoch + 1)
-        link = EpochLink(number, nonce, None if last is None else str(last), dict(voters), False)
+        previous = None if last is None else str(last)
+        link = EpochLink(number, nonce, previous, dict(new.voters), False, new.forgotten, new.chosen)
         chain = (*(held.chain if held is not None else ()), link)
         known = held.known if held is not None else ()
+        holes = new.holes or (held.holes if held is not None else new.holes)
         start = StoredEntry(f"epoch-{nonce}", "epoch", "", f"{nonce} {last or '-'}", None, 0, "", now_ms, region)
         self._write(
             meta=self.data.meta or Meta(nonce, None, 1, 1, 86_400),
-            epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain, known),
+            epoch=Epoch(number, nonce, str(self.replid), False, Generation(number, 0), chain, known, holes),
             log=(*self.data.log, (Position(number, 0, nonce), start)),
+            top=(number, 0),
         )
         return key_of(link)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from keyservice.core.evidence import Protocol, Report, majority, renewed
-from keyservice.core.membership import Verb, change_voters, seats_needed
+from keyservice.core.evidence import Electorate, Protocol, Report, majority, renewed
+from keyservice.core.membership import Verb, change_voters
 from keyservice.errors import RequestRefused
 from tests.keyservice.test_keeper_rules import epoch, link
 from verifier.log import Epoch, EpochLink, Position
@@ -133,7 +133,7 @@ def chained(*links: EpochLink, known: tuple[EpochLink, ...] = ()) -> Epoch:
 def test_an_epoch_needs_every_voter_set_since_the_newest_that_opened(
     of: Epoch, electorates: list[dict[str, str]]
 ) -> None:
-    assert PROTOCOL.electorates(of) == electorates
+    assert PROTOCOL.electorates(of) == [Electorate.of(voters) for voters in electorates]
 
 
 @pytest.mark.parametrize(("merged", "may"), [("e2 u1", False), ("e2 e1", False), ("u1 a1", True), ("e1 u1 e2", True)])
@@ -144,14 +144,32 @@ def test_an_epoch_opens_with_majorities_of_the_old_voters_and_of_the_new(merged:
     assert PROTOCOL.may_open(of, needs_both) is expected is may
 
 
-def test_a_forgotten_keeper_has_no_seat_in_any_voter_set() -> None:
+def test_nobody_waits_for_a_forgotten_keeper() -> None:
     gone = EpochLink(5, "5" * 16, None, {"eu": "e1", "us": "", "ap": ""}, False, forgotten=("u1", "a1"))
     of = chained(link(4, voters=A, was_open=True), gone)
-    assert PROTOCOL.electorates(of) == [{"eu": "e1"}, {"eu": "e1", "us": "", "ap": ""}]
+    assert PROTOCOL.electorates(of) == [Electorate(frozenset({"e1"}), 1), Electorate(frozenset({"e1"}), 2)]
     assert not PROTOCOL.may_open(of, [report("e1", of)]), "the new seats are vacant and count"
     replaced = EpochLink(6, "6" * 16, None, {"eu": "e1", "us": "u2", "ap": "a1"}, False)
     of = chained(link(4, voters=A, was_open=True), gone, replaced)
     assert PROTOCOL.may_open(of, [report("e1", of), report("u2", of)])
+
+
+FIVE = {"eu": "e", "us": "u", "ap": "a", "sa": "s", "af": "f"}
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "merged", "may"),
+    [("", "e u a", True), ("f", "e u", False), ("f s", "e u", False), ("f s", "e u a", True), ("f s a", "e u", True)],
+)
+def test_those_that_a_forgotten_minority_leaves_are_asked_to_the_last_one(
+    forgotten: str, merged: str, may: bool
+) -> None:
+    """One of them may be the only one that holds an entry that the forgotten ones and it acknowledged."""
+    seats = {region: f"{seat}2" if seat in forgotten.split() else seat for region, seat in FIVE.items()}
+    new = EpochLink(5, "5" * 16, None, seats, False, forgotten=tuple(forgotten.split()))
+    of = chained(link(4, voters=FIVE, was_open=True), new)
+    everybody_new = [report(f"{seat}2", of) for seat in forgotten.split()]
+    assert PROTOCOL.may_open(of, [*everybody_new, *(report(seat, of) for seat in merged.split())]) is may
 
 
 def test_merged_into_another_epoch_is_not_merged_into_this_one() -> None:
@@ -228,5 +246,5 @@ def test_forgetting_says_what_may_be_lost_and_leaves_the_seat_vacant() -> None:
     ("merged", "needed"), [((), 2), (("e",), 1), (("e", "u"), 0), (("e", "u", "a"), 0), (("x",), 2)]
 )
 def test_how_many_more_must_merge(merged: tuple[str, ...], needed: int) -> None:
-    assert seats_needed(THREE, merged) == needed
-    assert seats_needed({"eu": "", "us": ""}, [""]) == 2
+    assert Electorate.of(THREE).missing(frozenset(merged)) == needed
+    assert Electorate.of({"eu": "", "us": ""}).missing(frozenset({""})) == 2

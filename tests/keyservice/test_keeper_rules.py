@@ -21,8 +21,20 @@ def entry(name: str, **changes: Any) -> Entry:
     return replace(Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes)
 
 
-def link(number: int, *, was_open: bool = False, voters: dict[str, str] | None = None) -> EpochLink:
-    return EpochLink(number, f"{number:016x}", None, VOTERS if voters is None else voters, was_open)
+def link(
+    number: int, *, was_open: bool = False, voters: dict[str, str] | None = None, chosen: int | None = None
+) -> EpochLink:
+    """An epoch; ``chosen`` is the one whose voters it took over, None if its voters were chosen for it."""
+    taken_over = None if chosen is None else key(chosen)
+    return EpochLink(number, f"{number:016x}", None, VOTERS if voters is None else voters, was_open, (), taken_over)
+
+
+def key(number: int) -> EpochKey:
+    return EpochKey(number, f"{number:016x}")
+
+
+def bump(above: int, seen: EpochKey | None, voters: dict[str, str], chosen: int) -> Bump:
+    return Bump(above, seen, voters, frozenset(), key(chosen))
 
 
 def epoch(*chain: EpochLink, known: tuple[EpochLink, ...] = (), is_open: bool = False) -> Epoch:
@@ -83,7 +95,7 @@ def test_a_keeper_that_holds_anything_never_takes_an_empty_server_for_the_first_
     one = keeper(
         entry("a"), links=(link(3), link(5, voters={"eu": "k-eu", "us": "new"})), promise=EpochKey(9, "9" * 16)
     )
-    assert one.next_step(None, 0.0) == Bump(9, None, {"eu": "k-eu", "us": "new"})
+    assert one.next_step(None, 0.0) == bump(9, None, {"eu": "k-eu", "us": "new"}, 5)
 
 
 def test_an_intent_alone_does_not_stand_in_the_way_of_the_first_start() -> None:
@@ -127,9 +139,9 @@ def test_the_epochs_of_a_log_that_was_made_anew_are_kept_before_it_is_merged_int
 
 
 def test_a_log_that_fell_back_behind_the_promise_gets_a_new_epoch_above_it() -> None:
-    one = keeper(links=(link(5), link(8)), promise=EpochKey(8, f"{8:016x}"))
+    one = keeper(links=(link(5), link(8, chosen=5)), promise=key(8))
     reads(one, E5, entry("shown"))
-    assert one.next_step(head(E5, 1), 0.0) == Bump(8, key_of(E5), VOTERS)
+    assert one.next_step(head(E5, 1), 0.0) == bump(8, key_of(E5), VOTERS, 5)
     assert list(one.disk.get([entry("shown").digest()])), "what it shows is stored all the same"
 
 
@@ -226,15 +238,20 @@ def test_the_epochs_that_a_log_knows_as_never_opened_are_put_right() -> None:
 
 @pytest.mark.parametrize(
     ("newer", "bumps"),
-    [(link(4, voters={"eu": "k-eu"}), True), (link(4), False), (link(2, voters={"eu": "k-eu"}), False)],
+    [
+        (link(4, voters={"eu": "k-eu"}), True),
+        (link(4, chosen=3), False),
+        (link(2, voters={"eu": "k-eu"}), False),
+        (link(7, voters={"eu": "k-eu"}, chosen=2), False),
+    ],
 )
 def test_a_laggard_log_never_brings_old_voters_back(newer: EpochLink, bumps: bool) -> None:
     one = keeper(links=(newer,))
-    laggard = epoch(link(3), link(5))
+    laggard = epoch(link(3), link(5, chosen=3), link(6, chosen=3))
     reads(one, laggard)
     step = one.next_step(head(laggard), 0.0)
     if bumps:
-        assert step == Bump(5, key_of(laggard), {"eu": "k-eu"})
+        assert step == bump(6, key_of(laggard), {"eu": "k-eu"}, 4)
     else:
         assert isinstance(step, Add)
 
@@ -309,7 +326,54 @@ def test_what_was_added_and_is_on_its_way_back_is_not_added_twice() -> None:
 
 def test_a_log_with_a_hole_gets_a_new_epoch_with_the_same_voters() -> None:
     one = merged()
-    assert one.next_step(head(E5, 3, holed=True), 0.0) == Bump(5, key_of(E5), VOTERS)
+    assert one.next_step(head(E5, 3, holed=True), 0.0) == bump(5, key_of(E5), VOTERS, 5)
+
+
+def test_a_log_that_ends_before_its_epochs_first_entry_has_a_hole() -> None:
+    one = merged()
+    now = epoch(link(5), link(6, chosen=5))
+    behind = head(E5, 3)._replace(epoch=now)
+    assert one.next_step(behind._replace(at_end=False), 0.0) is None, "that entry is still to be read"
+    assert one.next_step(behind, 0.0) == bump(6, key_of(now), VOTERS, 5)
+
+
+# -- what was read is another epoch's history ------------------------------------------------------------------------
+
+
+def test_nothing_is_merged_into_an_epoch_whose_history_was_not_read() -> None:
+    one = merged(entry("a"), entry("tail"))
+    laggards = epoch(link(5), link(6, chosen=5))  # without "tail", in the place of the log that was read
+    assert one.next_step(head(E5, 2)._replace(epoch=laggards, at_end=False), 0.0) is None
+    one.added(Add(key_of(laggards), (), ()), -1, 0.0)
+    assert one.merged == key_of(E5), "an answer that comes late merges it no more than that"
+    reads(one, laggards, entry("a"))
+    step = one.next_step(head(laggards), 0.0)
+    assert isinstance(step, Add)
+    assert step.entries == (entry("tail"),)
+
+
+@pytest.mark.parametrize(
+    ("at_end", "holed", "learnt"), [(True, False, True), (False, False, False), (True, True, False)]
+)
+def test_only_a_whole_log_that_was_read_to_its_end_teaches_that_an_epoch_has_opened(
+    at_end: bool, holed: bool, learnt: bool
+) -> None:
+    now = epoch(link(4, was_open=True), link(5, chosen=4), known=(link(3, was_open=True),))
+    links = head(now, holed=holed)._replace(at_end=at_end).links
+    assert [(one.number, one.opened) for one in links] == [(4, learnt), (5, False), (3, learnt)]
+
+
+def test_epochs_are_named_with_the_last_of_the_entries() -> None:
+    disk = MemoryDisk("k-eu")
+    disk.store([entry("a"), entry("b"), entry("c")], (link(4, was_open=True),))
+    one = Keeper("eu", disk, add_entries_max=2)
+    reads(one, E5)
+    first = one.next_step(head(E5), 0.0)
+    assert isinstance(first, Add)
+    assert (len(first.entries), first.links, first.complete) == (2, (), False)
+    one.added(first, -1, 0.0)
+    last = one.next_step(head(E5), 0.0)
+    assert last == Add(key_of(E5), (entry("c"),), (link(4, was_open=True),))
 
 
 # -- intents ----------------------------------------------------------------------------------------------------------

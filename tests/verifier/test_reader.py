@@ -372,3 +372,11 @@ def test_nothing_is_passed_over_before_an_id_that_cannot_be_read() -> None:
     read = reader()
     read.accept([START])
     assert reason_of(read, [raw("1-1"), (b"99999999999999999-0", {})]) == "stream_id"
+
+
+def test_a_log_whose_hole_others_have_found_is_read_again_by_those_who_saw_none() -> None:
+    gap = (Position(1, 1, NONCE), Position(1, 3, NONCE))
+    named = replace(ONE, holes=frozenset({gap}))
+    assert check(at(), epoch=named) == "answered", "what was in it may stand nowhere but on this keeper's disk"
+    assert check(replace(at(), gaps={gap}), epoch=named) is None
+    assert check(replace(at(), epoch=named), epoch=named) is None
