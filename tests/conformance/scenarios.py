@@ -101,7 +101,7 @@ class Scenario:
 
 def _bump(number: str, nonce: str, new: str = NONCE, voters: str = "") -> list[str]:
     meta = ["incarnation", "1", "1", "86400"]
-    return [number, nonce, new, "0", f"epoch-{new}", "eu", voters, "", "0", *meta, ""]
+    return [number, nonce, new, "0", f"epoch-{new}", "eu", voters, "", "0", *meta, "", ""]
 
 
 def record(state: str = "prepared", rev: int = 0) -> str:
