@@ -36,7 +36,7 @@ from verifier.sentinel import (
 from .errors import OutcomeUnknown, PrimaryUnreachable, Refused
 from .limits import SENTINEL_POLL_S, SENTINEL_SILENCE_S, SENTINEL_TIMEOUT_S
 from .settings import Settings
-from .store import Node
+from .store import Node, told_of_closing
 
 __all__ = ["SentinelNode", "newest", "primary_node"]
 
@@ -109,6 +109,7 @@ class SentinelNode(Node):
         }
         if url.tls and source_address is None:
             options["connection_class"] = redis.SSLConnection
+        options["connection_class"] = told_of_closing(options.get("connection_class", redis.Connection))
         self._sentinels = [
             redis.Redis(connection_pool=redis.ConnectionPool(host=place.host, port=place.port, **options))
             for place in url.sentinels

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import resources
 from typing import Any, Final
@@ -32,7 +32,7 @@ from verifier.netbind import bound_connection_kwargs
 from .errors import OutcomeUnknown, PrimaryUnreachable, Refused, StartError
 from .limits import CONNECT_TIMEOUT_S, CONNECTIONS_MAX, PRIMARY_TIMEOUT_S
 
-__all__ = ["SCRIPTS", "Node", "load_script"]
+__all__ = ["SCRIPTS", "Node", "load_script", "told_of_closing"]
 
 SCRIPTS: Final = (
     "append.lua",
@@ -63,6 +63,25 @@ def load_script(name: str) -> tuple[str, str]:
         text = (folder / "_checks.lua").read_text() + text
     text = f"{flags}\n{text}" if flags else text
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+@cache
+def told_of_closing(base: type[Any]) -> type[Any]:
+    """A connection class with an error that redis-py knows when its transport has closed before something is sent.
+
+    uvloop then raises a RuntimeError, which nobody expects of a server that is away; asyncio's own loop does not.
+    """
+
+    class ToldOfClosing(base):  # type: ignore[misc]  # any of redis-py's classes
+        async def _send_packed_command(self, command: Iterable[bytes]) -> None:
+            try:
+                await super()._send_packed_command(command)
+            except RuntimeError:
+                if not self._writer.transport.is_closing():
+                    raise
+                raise ConnectionResetError("the connection has closed") from None
+
+    return ToldOfClosing
 
 
 class _Nowhere(redis.Connection):
@@ -111,7 +130,9 @@ class Node:
         if not url.startswith("unix:"):
             tls = url.startswith("rediss:")
             options.update(bound_connection_kwargs(self._source_address, tls=tls, asynchronous=True))
-        return redis.ConnectionPool.from_url(url, **options)
+        pool = redis.ConnectionPool.from_url(url, **options)
+        pool.connection_class = told_of_closing(pool.connection_class)  # type: ignore[arg-type]  # a type is hashable
+        return pool
 
     def _use(self, pool: redis.ConnectionPool) -> None:
         self._pool = pool

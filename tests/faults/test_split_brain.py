@@ -130,7 +130,7 @@ async def test_with_a_minority_of_the_sentinels_revocations_wait_and_none_is_los
                 await asyncio.to_thread(cluster.kill_server, dead)
                 await until(lambda: "s_down" in cluster.sentinels.sightings()[0].primary.flags, "the death is seen")
                 begun = {region: len(made) for region, made in writers.made.items()}
-                await writers.more(8)
+                await writers.more(20)
                 for region in others:
                     await asyncio.to_thread(faults.recorders[region].wait_sample, lambda seen: not seen.fresh, 30.0)
                 assert {role(cluster, region) for region in others} == {"slave"}
