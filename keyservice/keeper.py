@@ -32,6 +32,7 @@ from .errors import KeeperUnavailable, StartError, StoreError
 from .evidence import Evidence, read_evidence
 from .keeper_disk import SqliteDisk
 from .limits import (
+    APPEND_ENTRIES_MAX,
     INTENT_GRACE_S,
     KEEPER_ALIVE_S,
     KEEPER_UNSAVED_MAX,
@@ -443,7 +444,8 @@ class KeeperRunner(LogListener):
             chosen.setdefault(entry.id, held.get(entry.id, entry))
         new = [entry for entry in chosen.values() if entry.id not in held]
         if new:
-            self._keeper.intend(new, time.monotonic() + INTENT_GRACE_S)
+            chunks = 1 + len(new) // APPEND_ENTRIES_MAX  # which the writer appends one after the other
+            self._keeper.intend(new, time.monotonic() + INTENT_GRACE_S * chunks)
         return [chosen[entry.id] for entry in entries]
 
     async def appended(self, epoch: EpochKey, entries: Sequence[Entry]) -> None:
