@@ -71,8 +71,8 @@ BEAT_TIMEOUT_S: Final = 2.0
 # -- keepers --------------------------------------------------------------------------------------------------------
 
 INTENT_GRACE_S: Final = 5.0
-"""How long a keeper leaves an intent to the writer that stored it: longer than a write takes to fail. For each script that
-the writer needs, because one that waits for its turn must not be appended twice."""
+"""How long a keeper leaves an intent to the writer that stored it: longer than a write takes to fail. So long for each
+script that the writer needs, because what waits for its turn must not be appended twice."""
 
 KEEPER_ALIVE_S: Final = 5.0
 """A keeper that reported less than this ago is alive: it reports every second at least."""
