@@ -74,6 +74,9 @@ INTENT_GRACE_S: Final = 5.0
 """How long a keeper leaves an intent to the writer that stored it: longer than a write takes to fail. So long for each
 script that the writer needs, because what waits for its turn must not be appended twice."""
 
+ADDED_GRACE_S: Final = 5.0
+"""How long a keeper waits for the replica to show what it added. Then it may have been deleted, and is added again."""
+
 KEEPER_ALIVE_S: Final = 5.0
 """A keeper that reported less than this ago is alive: it reports every second at least."""
 

@@ -57,7 +57,7 @@ from typing import Protocol
 
 import msgspec
 
-from keyservice.limits import APPEND_ENTRIES_MAX
+from keyservice.limits import ADDED_GRACE_S, APPEND_ENTRIES_MAX
 from verifier.log import EPOCH_KIND, Beat, Entry, EpochLink, Hole, Position
 
 from .evidence import EpochKey, LogHead, Report, Voters, chosen_in, key_of
@@ -212,7 +212,7 @@ class Keeper:
         self._merged: EpochKey | None = None
         self._merged_beat = -1
         self._added_in: EpochKey | None = None
-        self._added: set[bytes] = set()
+        self._added: dict[bytes, float | None] = {}
         self._intents: dict[bytes, float] = {}
         self._strange: tuple[EpochLink, ...] = ()
 
@@ -247,7 +247,7 @@ class Keeper:
         for entry in shown:
             digest = entry.digest()
             self._missing.pop(digest, None)
-            self._added.discard(digest)
+            self._added.pop(digest, None)
             self._intents.pop(digest, None)
 
     def _knows(self, named: Iterable[EpochLink]) -> bool:
@@ -310,8 +310,11 @@ class Keeper:
         return Add(seen, entries, links if complete else (), complete)
 
     def _lacking(self, seen: EpochKey, mono: float) -> list[bytes]:
-        added = self._added if self._added_in == seen else ()
-        return [digest for digest in self._missing if digest not in added and self._intents.get(digest, 0.0) <= mono]
+        added = self._added if self._added_in == seen else {}
+        for digest in added:
+            added[digest] = added[digest] or mono + ADDED_GRACE_S
+        waiting = {digest for digest, until_mono in added.items() if until_mono is not None and until_mono > mono}
+        return [digest for digest in self._missing if digest not in waiting and self._intents.get(digest, 0.0) <= mono]
 
     def forget_epochs(self, head: LogHead) -> None:
         """Once merged: drop what the log need not be told of any more."""
@@ -350,7 +353,7 @@ class Keeper:
             self.disk.store((), self._strange)
             self._strange = ()
         if self._added_in != add.seen:
-            self._added_in, self._added = add.seen, set()
+            self._added_in, self._added = add.seen, {}
         self._note_added(add.entries)
         if not add.complete or self._merged == add.seen:
             return
@@ -360,7 +363,9 @@ class Keeper:
 
     def _note_added(self, entries: Iterable[Entry]) -> None:
         """On their way to the replica, unless it has shown them meanwhile."""
-        self._added.update(digest for entry in entries if (digest := entry.digest()) in self._missing)
+        for digest in [entry.digest() for entry in entries]:
+            if digest in self._missing:
+                self._added[digest] = None  # how long it may take counts from the next decision
 
     # -- reporting ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pytest
 
 from keyservice.core.evidence import EpochKey, LogHead, key_of, opened
 from keyservice.core.keepers import Add, Bump, Keeper, MemoryDisk, Register, Send
-from keyservice.limits import APPEND_ENTRIES_MAX
+from keyservice.limits import ADDED_GRACE_S, APPEND_ENTRIES_MAX
 from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Position
 
 VOTERS = {"eu": "k-eu", "us": "k-us", "ap": "k-ap"}
@@ -319,6 +319,18 @@ def test_what_was_added_and_is_on_its_way_back_is_not_added_twice() -> None:
     again = one.next_step(head(later), 0.0)
     assert isinstance(again, Add)
     assert again.entries == (entry("held"),), "another history does not have it"
+
+
+def test_what_was_added_and_never_comes_back_was_deleted_and_is_added_again() -> None:
+    one = keeper(entry("held"))
+    reads(one, E5)
+    step = one.next_step(head(E5), 0.0)
+    assert isinstance(step, Add)
+    one.added(step, -1, 0.0)
+    assert isinstance(one.next_step(head(E5), ADDED_GRACE_S - 0.1), Send)
+    again = one.next_step(head(E5), ADDED_GRACE_S)
+    assert isinstance(again, Add)
+    assert again.entries == (entry("held"),)
 
 
 # -- a hole -----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_what_the_log_has_shown_before_its_writer_was_answered_is_not_remembered
         keeper.intend([one], 5.0)
         keeper.read([(Position(1, seq, NONCE), one)])
         keeper.appended(EpochKey(1, NONCE), [one])
-    assert keeper._added == set()
+    assert keeper._added == {}
 
 
 def test_what_is_on_its_way_to_the_replica_is_not_added_again() -> None:
@@ -74,4 +74,4 @@ def test_what_is_on_its_way_to_the_replica_is_not_added_again() -> None:
     keeper.appended(EpochKey(1, NONCE), [entry("t")])
     assert not isinstance(keeper.next_step(head(0), 10.0), Add)
     keeper.read([(Position(1, 1, NONCE), entry("t"))])
-    assert keeper._added == set()
+    assert keeper._added == {}
