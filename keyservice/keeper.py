@@ -98,6 +98,7 @@ class KeeperRunner(LogListener):
         self._tasks: set[asyncio.Task[None]] = set()
         self._stepping = False
         self._identified = False
+        self._copied_from: str | None = None
         self._reporting = 0
         self._sent: _Sent | None = None
         self._report_due: asyncio.TimerHandle | None = None
@@ -308,7 +309,7 @@ class KeeperRunner(LogListener):
         """Is somebody else this region's keeper, and is this disk the one that it was? Raises :class:`StartError`."""
         evidence = await read_evidence(node, (self._region,))
         report = evidence.reports.get(self._region)
-        if report is not None and report.keeper_id != self.disk.keeper_id:
+        if report is not None and report.keeper_id not in (self.disk.keeper_id, self._copied_from):
             age_s = await self._age_s(node, evidence)
             if abs(age_s) <= KEEPER_ALIVE_S:  # a clock that was wild once must not keep everybody out
                 message = (
@@ -316,7 +317,7 @@ class KeeperRunner(LogListener):
                 )
                 raise StartError("region_has_keeper", f"{message}; stop it, and wait {KEEPER_ALIVE_S:g} s")
         if self._protocol.is_copy(report, self.disk.keeper_id, self.disk.opened_commit):
-            old = self.disk.keeper_id
+            old = self._copied_from = self.disk.keeper_id
             await self.in_thread(self.disk.become_another)
             _log.error("this disk is an old copy: the keeper takes a new id", old=old, new=self.disk.keeper_id)
         if node is self._primary:

@@ -216,13 +216,13 @@ class Settings(BaseSettings):
             raise _Named("KEYSERVICE_REDIS_URL", "names Sentinels: name this region's own server")
         for name in (self.region, *self.regions):
             if not REGION.match(name):
-                raise _Named("KEYSERVICEREGIONS", "has a name that is not of a-z, 0-9 and -")
+                raise _Named("KEYSERVICE_REGIONS", "has a name that is not of a-z, 0-9 and -")
         if self.regions and self.region not in self.regions:
-            raise _Named("KEYSERVICEREGIONS", "does not list KEYSERVICEREGION")
+            raise _Named("KEYSERVICE_REGIONS", "does not list KEYSERVICE_REGION")
         if self.bootstrap_region is not None and self.bootstrap_region not in self.all_regions:
-            raise _Named("KEYSERVICE_BOOTSTRAPREGION", "is not one of KEYSERVICEREGIONS")
+            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not one of KEYSERVICE_REGIONS")
         if len(self.all_regions) > 1 and self.bootstrap_region is None:
-            raise _Named("KEYSERVICE_BOOTSTRAPREGION", "is not set: with several regions one starts the trust log")
+            raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not set: with several regions one starts the trust log")
 
     def _check_keeper(self) -> None:
         """Each role needs its own; whatever it has no use for is more than it should be told."""
