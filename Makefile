@@ -106,7 +106,11 @@ bench: install ## the benchmarks
 
 .PHONY: test
 test: install ## set up, then the tests that need only Python (under 5 minutes)
-	@$(PY) -m pytest -n auto -m "not slow and not system" $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadscope -m "not slow and not system" $(ARGS)
+
+.PHONY: test-faults
+test-faults: install ## what may go wrong, on real servers, the slow ones too; ARGS="-k zombie" picks some
+	@$(PY) -m pytest -n auto --dist loadscope tests/faults -m "not system" $(ARGS)
 
 .PHONY: test-readme
 test-readme: install ## the README's hands-on commands, as they stand (needs bash and curl)
@@ -123,7 +127,7 @@ test-clocks: install ## a cluster whose clocks are turned (needs libfaketime: ap
 .PHONY: test-all
 test-all: install ## every test, also slow ones and those that need other programs
 	@$(FAKETIME)
-	@$(PY) -m pytest -n auto $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadscope $(ARGS)
 
 # CONFORMANCE_REDIS and the like, because a URL with a password has no place in a process list. --tb=short shows no arguments.
 CONFORMANCE := $(PY) -m pytest tests/conformance --tb=short

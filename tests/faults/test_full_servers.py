@@ -17,6 +17,7 @@ ROOM_BYTES = 64 * 1024
 """Left beyond a key service's log: less than SQLite's journal takes before it is written from its start again."""
 
 
+@pytest.mark.slow
 async def test_what_is_revoked_while_the_primary_is_out_of_memory_is_replicated_afterwards(
     root: Root, directory: Path
 ) -> None:

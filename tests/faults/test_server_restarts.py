@@ -24,6 +24,7 @@ async def test_no_acknowledged_revocation_is_lost_when_the_primary_restarts_empt
         assert relogged(faults, root) != []
 
 
+@pytest.mark.slow
 async def test_no_acknowledged_revocation_is_lost_when_the_primary_restarts_from_an_old_snapshot(
     root: Root, directory: Path
 ) -> None:

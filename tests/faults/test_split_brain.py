@@ -31,6 +31,7 @@ def role(cluster: Cluster, region: str) -> object:
     return observe_replication(cluster.servers[region]).get("role")
 
 
+@pytest.mark.slow
 async def test_zombie_with_writers_acknowledges_nothing_goes_stale_and_its_tail_is_added_when_it_returns(
     cluster: Cluster, directory: Path
 ) -> None:

@@ -26,8 +26,8 @@ REVOKING = [(step, when) for step in ("intend", "store", "append", "appended", "
 MERGING = [
     (step, when) for step in ("register", "bump", "promise", "add", "report", "open", "put-back-keys") for when in WHEN
 ]
-QUICK = {("store", "after"), ("append", "before"), ("append", "after")}
-QUICK_MERGING = {("bump", "after"), ("add", "after"), ("promise", "after")}
+QUICK = {("store", "after"), ("append", "after")}
+QUICK_MERGING = {("promise", "after")}
 
 
 def points(every: list[tuple[str, str]], quick: set[tuple[str, str]]) -> list[Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from keyservice import cli
 from keyservice.clients import Authenticator, hash_secret, load_clients
 from keyservice.errors import SettingError
 from keyservice.settings import Settings
@@ -166,11 +167,31 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it_and_not_its_value(
-    spawn: Spawn, changes: dict[str, str | None], code: str, named: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    changes: dict[str, str | None],
+    code: str,
+    named: str,
 ) -> None:
-    line = complaint(spawn(**changes), 2)
-    assert f"[{code}]" in line
+    """In this process, because it has to end before anything is opened."""
+    for name in [name for name in os.environ if name.startswith(("KEYSERVICE_", "REDIS_", "JWT_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**environment, **changes}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("keyservice.telemetry.configure_logging", lambda *_: None)
+    assert cli.run(lambda: cli.app(["serve"])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"keyservice: error [{code}]")
     assert named in line
+    assert "hunter2" not in line
+
+
+def test_a_wrong_setting_ends_a_process(spawn: Spawn) -> None:
+    line = complaint(spawn(KEYSERVICE_PORT="hunter2"), 2)
+    assert "[setting_invalid]" in line
+    assert "KEYSERVICE_PORT" in line
     assert "hunter2" not in line
 
 

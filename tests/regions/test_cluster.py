@@ -202,6 +202,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
 
 
+@pytest.mark.slow
 def test_demo_of_one_region_holds_every_line_and_says_so_to_a_program(tmp_path: Path) -> None:
     result = run("demo", "--topology", "one-region", "--var", str(tmp_path / "var"), "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]

@@ -110,6 +110,7 @@ def test_a_server_that_returns_by_itself_would_take_writes(lab: Lab) -> None:
     assert "master" in tempter.roles
 
 
+@pytest.mark.slow
 def test_a_primary_that_is_started_again_at_once_waits_until_another_is_promoted(lab: Lab) -> None:
     write(lab, "a", "before")
     until(lambda: read(lab, "b") == read(lab, "c") == b"before", "replicated")
@@ -137,6 +138,7 @@ def test_a_planned_failover_loses_no_write_that_was_acknowledged(lab: Lab, coord
         write(lab, "a", "to the old primary")
 
 
+@pytest.mark.slow
 def test_a_failover_that_cannot_be_is_refused_by_name_and_changes_nothing(lab: Lab) -> None:
     with pytest.raises(UnknownRegion, match="a, b, c"):
         Failover(lab.file(), "nowhere")

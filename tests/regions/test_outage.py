@@ -71,6 +71,7 @@ async def test_valid_tokens_pass_and_revoked_ones_do_not_while_redis_and_key_ser
             assert await europe.order_status(revoked.access_token) == 401
 
 
+@pytest.mark.slow
 async def test_mirror_says_that_it_ages_and_resumes_by_position_when_its_replica_returns(cluster: Cluster) -> None:
     async with Callers(cluster.file) as callers:
         europe = callers["eu-west-1"]
@@ -96,6 +97,7 @@ async def test_mirror_says_that_it_ages_and_resumes_by_position_when_its_replica
             assert "rereads" not in status.counters
 
 
+@pytest.mark.slow
 async def test_deny_refuses_by_name_once_no_majority_vouches_for_the_mirror(cluster: Cluster) -> None:
     async with Callers(cluster.file) as callers:
         token = await callers.home.client_token("worker", scope="orders:read")
@@ -110,6 +112,7 @@ async def test_deny_refuses_by_name_once_no_majority_vouches_for_the_mirror(clus
         assert (caught.value.code, caught.value.reason) == ("revocations_stale", "stale")
 
 
+@pytest.mark.slow
 async def test_revocation_without_its_primary_is_stored_and_replicated_once_there_is_one_again(
     cluster: Cluster,
 ) -> None:
