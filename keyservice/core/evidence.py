@@ -172,15 +172,18 @@ class Protocol:
         """Rule 3: every voter set since the newest epoch known to have opened, that one's and this one's included.
 
         An epoch not known to have opened may have: whoever opened it may be out of reach. One with too few keepers in
-        its seats cannot have. Nobody waits for a keeper that an operator gave up for good; of those that are left
-        every single one is asked, up to the majority: one alone may hold what was acknowledged.
+        its seats cannot have, nor one whose voters were chosen before those of an epoch that did open: a majority of
+        them knows the newer choice, and merges into none with an older one. Nobody waits for a keeper that an operator
+        gave up for good; of those that are left every single one is asked, up to the majority: one alone may hold what
+        was acknowledged.
         """
         links = sorted({key_of(link): link for link in (*epoch.known, *epoch.chain)}.values(), key=key_of)
-        opened = [key_of(link) for link in links if link.opened and key_of(link) < key_of(epoch)]
-        since = max(opened) if opened else key_of(links[0])
+        opened = [link for link in links if link.opened and key_of(link) < key_of(epoch)] or links[:1]
+        since, chosen = key_of(opened[-1]), max(map(chosen_in, opened))
         forgotten = frozenset(keeper_id for link in links for keeper_id in link.forgotten)
-        before = [Electorate.of(link.voters) for link in links if since <= key_of(link) < key_of(epoch)]
-        return [*(voters.without(forgotten) for voters in before if voters.able), Electorate.of(epoch.chain[-1].voters)]
+        before = [link for link in links if since <= key_of(link) < key_of(epoch) and chosen_in(link) >= chosen]
+        asked = [voters.without(forgotten) for voters in (Electorate.of(link.voters) for link in before) if voters.able]
+        return [*asked, Electorate.of(epoch.chain[-1].voters)]
 
     def may_open(self, epoch: Epoch, reports: Iterable[Report]) -> bool:
         """Rule 3: whether enough keepers have merged."""

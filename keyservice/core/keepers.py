@@ -280,14 +280,14 @@ class Keeper:
         """What to do about the log as far as it was read (None: there is no log at all)."""
         if head is None:
             return self.bump_above(None) if self.disk.links else Register(self.disk.keeper_id)
-        seen = key_of(head.epoch)
-        self._pass = seen if head.is_of_epoch else None
+        seen, self._pass = key_of(head.epoch), None
         if self.is_outvoted(head) or self.has_newer_voters(head):
             return self.bump_above(seen)
         if head.holed or (head.at_end and not head.is_of_epoch):
             return self._bump(seen, head.epoch.chain[-1], head.gaps)
         if not head.is_of_epoch:
             return None
+        self._pass = seen
         add = self.lacking(head, mono)
         if self._merged != seen or add.entries:
             return add

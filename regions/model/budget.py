@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from keyservice.core.evidence import EpochKey, Protocol, majority
+from keyservice.core.evidence import EpochKey, Protocol, chosen_in, majority
 from regions.model.server import Data
 from verifier.log import Entry, EpochLink
 
@@ -61,7 +61,9 @@ class Budget:
         base = self.base(disks)
         if base is None:
             return False
-        counting = [link for key, link in self.begun.items() if key >= base and _filled(link) >= majority(link.voters)]
+        chosen = max(map(chosen_in, self.opened.values()))
+        since = [link for key, link in self.begun.items() if key >= base and chosen_in(link) >= chosen]
+        counting = [link for link in since if _filled(link) >= majority(link.voters)]
         return all(
             keeper_id not in link.voters.values() or self._left(link, disks) - 1 >= majority(link.voters)
             for link in counting

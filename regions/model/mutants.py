@@ -70,6 +70,7 @@ MUTANTS = (
         "maybe-opened-unasked", "an epoch not known to have opened may have", LOST, Parts(protocol=m.AsksOnlyTheOpened)
     ),
     Mutant("every-epoch-asked", "what opened sets older voters free", STUCK, Parts(protocol=m.AsksEveryEpoch)),
+    Mutant("superseded-asked", "older voters than opened ones never open", STUCK, Parts(protocol=m.AsksTheSuperseded)),
     Mutant("impossible-asked", "too few keepers never opened anything", STUCK, Parts(protocol=m.AsksTheImpossible)),
     Mutant(
         "forgotten-awaited",
@@ -115,6 +116,7 @@ KEPT_SEEDS = {
     "promise-broken": 5,
     "maybe-opened-unasked": 210,
     "every-epoch-asked": 37,
+    "superseded-asked": 32160,
     "impossible-asked": 22,
     "forgotten-awaited": 22,
     "forgotten-shrink": 4366,

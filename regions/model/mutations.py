@@ -25,6 +25,7 @@ __all__ = [
     "AsksOnlyTheOpened",
     "AsksTheImpossible",
     "AsksThePredecessor",
+    "AsksTheSuperseded",
     "BreaksPromises",
     "ClosedBeatCounts",
     "ConfirmsClosed",
@@ -182,6 +183,15 @@ class AsksTheImpossible(Protocol):
         asked = [Electorate.of(link.voters) for link in links if since <= key_of(link) < key_of(epoch)]
         left = [voters.without(frozenset(gone)) if voters.able else voters for voters in asked]
         return [*left, Electorate.of(epoch.chain[-1].voters)]
+
+
+class AsksTheSuperseded(Protocol):
+    """Waits also for voters that were chosen before those of an epoch that has opened."""
+
+    def electorates(self, epoch: Epoch) -> list[Electorate]:
+        chain = [msgspec.structs.replace(link, chosen=None) for link in epoch.chain]
+        known = [msgspec.structs.replace(link, chosen=None) for link in epoch.known]
+        return super().electorates(replace(epoch, chain=tuple(chain), known=tuple(known)))
 
 
 class WaitsForTheForgotten(Protocol):

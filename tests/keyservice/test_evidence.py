@@ -144,6 +144,18 @@ def test_an_epoch_opens_with_majorities_of_the_old_voters_and_of_the_new(merged:
     assert PROTOCOL.may_open(of, needs_both) is expected is may
 
 
+def test_voters_older_than_those_of_an_epoch_that_opened_are_not_asked() -> None:
+    """A laggard log began epoch 6 with the voters of 3, all replaced since: it never opens, and blocks nobody."""
+    replaced = {"eu": "e3", "us": "u3", "ap": "a3"}
+    opened = (link(3, voters=A, was_open=True), link(4, voters=replaced, was_open=True))
+    of = chained(
+        link(3, voters=A, was_open=True), link(6, voters=A, chosen=3), link(7, voters=replaced, chosen=4), known=opened
+    )
+    assert PROTOCOL.electorates(of) == [Electorate.of(replaced), Electorate.of(replaced)]
+    again = chained(link(3, voters=A, was_open=True), link(6, voters=A), link(7, voters=A, chosen=6), known=opened)
+    assert PROTOCOL.electorates(again) == [Electorate.of(voters) for voters in (replaced, A, A)], "chosen anew"
+
+
 def test_nobody_waits_for_a_forgotten_keeper() -> None:
     gone = EpochLink(5, "5" * 16, None, {"eu": "e1", "us": "", "ap": ""}, False, forgotten=("u1", "a1"))
     of = chained(link(4, voters=A, was_open=True), gone)
