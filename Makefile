@@ -104,9 +104,12 @@ bench: install ## the benchmarks
 
 # --- testing and checking ---------------------------------------------------------------------------------------------
 
+# Tests wait for servers more than they compute: two workers a core.
+WORKERS = $$($(PY) -c 'import os; print(2 * (os.cpu_count() or 1))')
+
 .PHONY: test
 test: install ## set up, then the tests that need only Python (under 5 minutes)
-	@$(PY) -m pytest -n auto --dist loadscope -m "not slow and not system" $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not system" $(ARGS)
 
 .PHONY: test-faults
 test-faults: install ## what may go wrong, on real servers, the slow ones too; ARGS="-k zombie" picks some

@@ -172,6 +172,7 @@ class Revoker:
                 self._hint(self._intents.given_up(entries))
             return [Stored(entry, None) for entry in entries]
         self._metrics.count_append("appended", len(entries))
+        self._index.add((one.position, one.entry) for one in stored if one.position is not None)
         position = stored[0].position
         assert position is not None
         self._hint(self._intents.appended(EpochKey(position.epoch, position.nonce), entries))
