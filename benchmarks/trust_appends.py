@@ -94,7 +94,7 @@ def memory(uds: Path, count: int) -> Rows:
         await node.close()
 
     with client_of(uds) as client:
-        client.flushall()
+        client.execute_command("FLUSHALL", "SYNC")
         before = int(client.info("memory")["used_memory"])
         asyncio.run(fill())
         used = int(client.info("memory")["used_memory"]) - before

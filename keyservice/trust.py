@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
 import msgspec
@@ -138,10 +138,7 @@ class TrustLog:
         async def call(epoch: Epoch) -> list[Stored]:
             first, _, at, _ = await self._run("append.lua", _APPEND_KEYS, key_of(epoch), ["", *fields])
             places = (Position(epoch.number, seq, epoch.nonce) for seq in range(int(first), int(first) + len(entries)))
-            return [
-                Stored(replace(entry, at=entry.at or int(at)), place)
-                for entry, place in zip(entries, places, strict=True)
-            ]
+            return [Stored(_taken(entry, int(at)), place) for entry, place in zip(entries, places, strict=True)]
 
         return await self._checked(call)
 
@@ -367,6 +364,14 @@ def _encoded_holes(holes: frozenset[Hole]) -> str:
 
 
 def _appended_fields(entry: Entry) -> tuple[str, ...]:
-    """The fields of an entry that ``append.lua`` takes, in its order."""
-    fields = entry.encode()
-    return tuple(value for name, value in fields.items() if name != "v")
+    """The fields of an entry that ``append.lua`` takes, in its order: those of the log, less the version."""
+    _, *fields = entry.encode().values()
+    return tuple(fields)
+
+
+def _taken(entry: Entry, at_ms: int) -> Entry:
+    """The entry with the time at which a primary first took it."""
+    if entry.at:
+        return entry
+    named = (entry.id, entry.kind, entry.issuer, entry.value, entry.before, entry.expires_at, entry.reason)
+    return Entry(*named, at_ms, entry.region)
