@@ -1,9 +1,10 @@
 """What P2 promises where disks are lost, as a rule that says when one more may go.
 
-*A voter set counts* from the moment that its epoch began until a later epoch has opened, and everything acknowledged
-before is replicated in that one: which is what `GET /admin/revocations` shows. *Of every voter set that counts at most
-a minority may be lost*: keepers whose disk is gone, or was put back from a copy, and vacant seats. Then nothing that
-was acknowledged is lost, and a new epoch can always open. A keeper with no seat in a set that counts may always go.
+*A voter set counts* from the moment that its epoch began until a later epoch has opened, and this and everything
+acknowledged before is replicated in that one: which is what `GET /admin/revocations` shows. Voters that were chosen
+before those of such an epoch count no more, whenever their epoch began. *Of every voter set that counts at most a
+minority may be lost*: keepers whose disk is gone, or was put back from a copy, and vacant seats. Then nothing that was
+acknowledged is lost, and a new epoch can always open. A keeper with no seat in a set that counts may always go.
 
 An entry counts as acknowledged from the moment that the evidence for it is complete, whether or not anybody has been
 told: a receipt may be read later, and from a server that everybody else has left behind.
@@ -61,7 +62,7 @@ class Budget:
         base = self.base(disks)
         if base is None:
             return False
-        chosen = max(map(chosen_in, self.opened.values()))
+        chosen = chosen_in(self.opened[base])
         since = [link for key, link in self.begun.items() if key >= base and chosen_in(link) >= chosen]
         counting = [link for link in since if _filled(link) >= majority(link.voters)]
         return all(
