@@ -198,7 +198,8 @@ class Reader:
             raise Reread("trimmed")
         if self.holed_nonce is None:
             _check_history(epoch, last)
-        if length is not None and last_id == last[:2] and length < self._left_after(meta.trimmed_to):
+        # More than was read is as bad: a deletion that an older state undid hides the next one.
+        if length is not None and last_id == last[:2] and length != self._left_after(meta.trimmed_to):
             raise Reread("deleted")
         if self.holed_nonce is not None:
             self._check_stains(meta, epoch)

@@ -333,10 +333,10 @@ def test_a_stain_is_gone_once_the_log_is_trimmed_past_the_gap(trimmed_to: tuple[
         (3, (1, 1), None),
         (2, (1, 1), "deleted"),
         (2, (1, 2), None),
-        (6, None, None),
+        (6, None, "deleted"),
     ],
 )
-def test_a_log_that_is_shorter_than_what_was_read_of_it_has_lost_some(
+def test_a_log_that_is_not_as_long_as_what_was_read_of_it_is_read_again(
     length: int, trimmed_to: tuple[int, int] | None, reason: str | None
 ) -> None:
     read = reader()
