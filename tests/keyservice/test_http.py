@@ -418,6 +418,7 @@ async def test_while_revocations_are_unknown_nothing_is_signed_and_no_bearer_acc
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = await running.bearer()
+    await asyncio.to_thread(running.service.mirror.close)  # or its next round would put what it knows back
     monkeypatch.setattr(running.service.mirror, "_view", ReplicaMirror(running.service.settings.redis_url).view)
     answer = await running.admin.get("/admin/keys", headers=headers)
     assert (answer.status_code, answer.json()["code"]) == (503, "mirror_not_synced")
