@@ -333,6 +333,7 @@ def test_a_lost_connection_is_said_and_the_keys_make_up_for_what_was_published_m
         client.client_kill_filter(_type="pubsub")  # it may have scanned before the key was there: lost once more
     until(lambda: ("jti", ISSUER, "meanwhile") in service.revoked())
     assert child.said("pubsub_gap")[0]["note"].endswith("the keys are scanned")
+    until(lambda: listening(legacy))
     publish(legacy, "after")
     until(lambda: ("jti", ISSUER, "after") in service.revoked())
     assert child.said("recovered")
