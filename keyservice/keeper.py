@@ -182,8 +182,9 @@ class KeeperRunner(LogListener):
         """The log was read to its end: time for the next step."""
         with self._lock:
             if not self._begun:
-                self.disk.check()  # once it can be read, the log has to be, from its first entry
-                raise KeeperUnavailable("keeper_disk", "the keeper's disk can be read again")
+                if not self.disk.readable:
+                    return
+                raise KeeperUnavailable("keeper_disk", "the keeper's disk can be read again, so the log has to be")
             holed = not state.gaps <= state.epoch.holes  # whoever starts now lacks what was in one that is not named
             trimmed_to = state.meta.trimmed_to
             head = LogHead(state.epoch, state.beat, state.position, holed, trimmed_to, state.gaps, state.at_end)
@@ -199,14 +200,16 @@ class KeeperRunner(LogListener):
         """The region's server holds no log."""
         with self._lock:
             self._head, self._absent = None, True
+            if self._begun:
+                self.problem = self._why_not()
             step = self._next_step()
         self._soon(partial(self._act, step))
 
-    def _why_not(self, state: Round) -> str | None:
+    def _why_not(self, state: Round | None = None) -> str | None:
         """What keeps this keeper from taking part, though everything is stored."""
         if time.monotonic() < self._aside_until_mono:
             return "region_has_keeper"
-        return "log_format_newer" if state.meta.min_reader_format > FORMAT else None
+        return "log_format_newer" if state is not None and state.meta.min_reader_format > FORMAT else None
 
     def _next_step(self) -> Step | None:
         if self.problem is not None or (self._head is None and not self._absent):

@@ -137,9 +137,14 @@ class SqliteDisk:
         """The highest that any log asked for."""
         return int(self._facts.get("min_reader_format", 1))
 
-    def check(self) -> None:
-        """Raises :class:`KeeperUnavailable` while entries cannot be read."""
-        self._rows("SELECT digest FROM entries LIMIT 1")
+    @property
+    def readable(self) -> bool:
+        """Whether entries can be read now."""
+        try:
+            self._rows("SELECT digest FROM entries LIMIT 1")
+        except KeeperUnavailable:
+            return False
+        return True
 
     def digests(self) -> Iterable[bytes]:
         """Of all entries, the oldest first."""

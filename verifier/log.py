@@ -18,7 +18,7 @@ import re
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import msgspec
@@ -395,11 +395,3 @@ class Meta:
             min_reader_format=_uint(_text(fields, "min_reader_format"), "min_reader_format"),
             max_token_lifetime_s=_uint(_text(fields, "max_token_lifetime_s"), "max_token_lifetime_s"),
         )
-
-
-def decode_json(text: bytes | str) -> Any:
-    """Read JSON that a key service wrote; raises :class:`FormatError`."""
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        raise FormatError("json_invalid", "not JSON") from None

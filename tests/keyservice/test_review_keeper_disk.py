@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from keyservice.core.keepers import Add
+from keyservice.core.keepers import Add, Bump
 from keyservice.errors import KeeperUnavailable
 from keyservice.keeper import KeeperRunner
 from keyservice.keeper_disk import SqliteDisk
@@ -54,6 +54,10 @@ def runner_on(disk: SqliteDisk) -> KeeperRunner:
     return KeeperRunner(disk, nobody, nobody, nobody, Metrics("eu"), clock=lambda: 1_000.0, **settings)
 
 
+def problem_of(runner: KeeperRunner) -> str | None:
+    return runner.problem
+
+
 def test_what_another_reading_showed_while_the_disk_was_full_is_still_put_back(
     disk: SqliteDisk,
 ) -> None:
@@ -65,13 +69,48 @@ def test_what_another_reading_showed_while_the_disk_was_full_is_still_put_back(
     runner.begin()
     many = [(Position(1, seq, ONE), entry(f"new-{seq}")) for seq in range(2, 200)]
     runner.entries([(Position(1, 1, ONE), acknowledged), *many])
-    assert runner.problem == "keeper_disk"
+    assert problem_of(runner) == "keeper_disk"
     runner.begin()  # another server, whose history lacks all that
     make_room(disk)
     runner.round(shown(2, TWO, None, Position(2, 0, TWO)))
     step = runner._next_step()
     assert isinstance(step, Add)
     assert acknowledged in step.entries
+
+
+def test_a_disk_that_cannot_be_read_keeps_the_mirror_from_nothing_and_is_read_again_when_it_is_back(
+    disk: SqliteDisk,
+) -> None:
+    runner = runner_on(disk)
+    disk.store([entry("held")], ())
+    disk._db.execute("ALTER TABLE entries RENAME TO away")  # stands for a page that is gone
+    runner.begin()
+    runner.entries([(Position(1, 1, ONE), entry("t"))])
+    runner.round(shown(1, ONE, None, Position(1, 1, ONE)))
+    assert problem_of(runner) == "keeper_disk"
+    assert runner._next_step() is None
+    disk._db.execute("ALTER TABLE away RENAME TO entries")
+    with pytest.raises(KeeperUnavailable):  # the mirror's sign to begin anew
+        runner.round(shown(1, ONE, None, Position(1, 1, ONE)))
+    runner.begin()
+    runner.entries([(Position(1, 1, ONE), entry("t"))])
+    runner.round(shown(1, ONE, None, Position(1, 1, ONE)))
+    assert problem_of(runner) is None
+    step = runner._next_step()
+    assert isinstance(step, Add)
+    assert step.entries == (entry("held"),)
+
+
+def test_a_keeper_that_could_not_store_still_brings_back_a_log_that_is_gone(disk: SqliteDisk) -> None:
+    runner = runner_on(disk)
+    runner.begin()
+    runner.round(shown(1, ONE, None, Position(1, 0, ONE)))
+    fill(disk)
+    runner.entries([(Position(1, seq, ONE), entry(f"new-{seq}")) for seq in range(1, 200)])
+    assert problem_of(runner) == "keeper_disk"
+    runner.absent()
+    assert problem_of(runner) is None
+    assert isinstance(runner._next_step(), Bump)
 
 
 async def test_a_disk_that_cannot_be_read_refuses_an_intent_by_name(run_dir: Path) -> None:
