@@ -20,14 +20,14 @@ from .core.evidence import EpochKey
 from .errors import KeeperUnavailable
 from .limits import KEEPER_CONNECTIONS_MAX, KEEPER_TIMEOUT_S
 
-__all__ = ["EntriesBody", "Intents", "KeeperClient", "OutcomeBody", "decode_entries", "encode_entries"]
+__all__ = ["BeforeBody", "EntriesBody", "Intents", "KeeperClient", "OutcomeBody", "decode_entries", "encode_entries"]
 
 
 class Intents(Protocol):
     """A keeper as writers see it."""
 
-    async def intend(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Store each entry, or find what is stored under its id already; on disk when this returns.
+    async def intend(self, entries: Sequence[Entry]) -> list[Entry | None]:
+        """Store each entry whose id is new, on disk when this returns; of each, what was stored under its id before.
 
         Raises :class:`KeeperUnavailable`: nothing was stored.
         """
@@ -49,6 +49,12 @@ class EntriesBody(msgspec.Struct, frozen=True):
     """Entries by field name, all of them text, as in the log."""
 
     entries: list[dict[str, str]]
+
+
+class BeforeBody(msgspec.Struct, frozen=True):
+    """What was stored under the ids of intents before, None for nothing."""
+
+    before: list[dict[str, str] | None]
 
 
 class OutcomeBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,16 +94,17 @@ class KeeperClient:
             headers={"Authorization": f"Bearer {secret}"},
         )
 
-    async def intend(self, entries: Sequence[Entry]) -> list[Entry]:
+    async def intend(self, entries: Sequence[Entry]) -> list[Entry | None]:
         """Raises :class:`KeeperUnavailable`."""
         answer = await self._post("/keeper/intents", EntriesBody(encode_entries(entries)))
         try:
-            stored = decode_entries(msgspec.json.decode(answer.content, type=EntriesBody).entries)
+            bodies = msgspec.json.decode(answer.content, type=BeforeBody).before
+            before = [None if body is None else decode_entries([body])[0] for body in bodies]
         except (msgspec.DecodeError, FormatError):
             raise _wrong_answer() from None
-        if len(stored) != len(entries):
+        if len(before) != len(entries):
             raise _wrong_answer()
-        return stored
+        return before
 
     async def appended(self, epoch: EpochKey, entries: Sequence[Entry]) -> None:
         """Lost without harm."""

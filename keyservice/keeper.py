@@ -50,6 +50,10 @@ T = TypeVar("T")
 _log: Final = structlog.get_logger(__name__)
 
 
+_Waiting = tuple[Sequence[Entry], asyncio.Future[list[Entry | None]]]
+"""Entries to store, and who waits for that."""
+
+
 class _Sent(NamedTuple):
     report: Report
     mono: float
@@ -102,7 +106,7 @@ class KeeperRunner(LogListener):
         self._reporting = 0
         self._sent: _Sent | None = None
         self._report_due: asyncio.TimerHandle | None = None
-        self._waiting: list[tuple[Sequence[Entry], asyncio.Future[list[Entry]]]] = []
+        self._waiting: list[_Waiting] = []
         self._storing = False
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -410,9 +414,9 @@ class KeeperRunner(LogListener):
 
     # -- writers' intents -------------------------------------------------------------------------------------------
 
-    async def intend(self, entries: Sequence[Entry]) -> list[Entry]:
+    async def intend(self, entries: Sequence[Entry]) -> list[Entry | None]:
         """See :class:`~keyservice.intents.Intents`. Those that come while the disk is busy share one commit."""
-        done: asyncio.Future[list[Entry]] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[list[Entry | None]] = asyncio.get_running_loop().create_future()
         self._waiting.append((entries, done))
         if not self._storing:
             self._storing = True
@@ -427,30 +431,33 @@ class KeeperRunner(LogListener):
         finally:
             self._storing = False
 
-    async def _store_batch(self, batch: list[tuple[Sequence[Entry], asyncio.Future[list[Entry]]]]) -> None:
+    async def _store_batch(self, batch: list[_Waiting]) -> None:
         wanted = [entry for entries, _ in batch for entry in entries]
         try:
-            stored = iter(await self.in_thread(lambda: self._intend(wanted)))
+            before = iter(await self.in_thread(lambda: self._intend(wanted)))
         except Exception as error:  # noqa: BLE001  # whatever it is, those who wait for it are told
             for _, done in batch:
                 if not done.done():
                     done.set_exception(error)
             return
         for entries, done in batch:
-            found = [next(stored) for _ in entries]
+            found = [next(before) for _ in entries]
             if not done.done():  # its request may be gone
                 done.set_result(found)
 
-    def _intend(self, entries: Sequence[Entry]) -> list[Entry]:
+    def _intend(self, entries: Sequence[Entry]) -> list[Entry | None]:
         held = self.disk.find_all([entry.id for entry in entries])
-        chosen: dict[str, Entry] = {}
+        before: list[Entry | None] = []
+        new: list[Entry] = []
         for entry in entries:
-            chosen.setdefault(entry.id, held.get(entry.id, entry))
-        new = [entry for entry in chosen.values() if entry.id not in held]
+            before.append(held.get(entry.id))
+            if before[-1] is None:
+                held[entry.id] = entry
+                new.append(entry)
         if new:
             chunks = 1 + len(new) // APPEND_ENTRIES_MAX  # which the writer appends one after the other
             self._keeper.intend(new, time.monotonic() + INTENT_GRACE_S * chunks)
-        return [chosen[entry.id] for entry in entries]
+        return before
 
     async def appended(self, epoch: EpochKey, entries: Sequence[Entry]) -> None:
         """See :class:`~keyservice.intents.Intents`."""

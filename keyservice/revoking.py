@@ -138,18 +138,16 @@ class Revoker:
         if not entries:
             return outcomes
         try:
-            held = await self._intents.intend(list(entries.values()))
+            stored = await self._intents.intend(list(entries.values()))
         except KeeperUnavailable as error:
             self._metrics.count_append(error.code, len(entries))
             return outcomes | dict.fromkeys(entries, error)
         new: dict[int, Entry] = {}
-        for (place, entry), stored in zip(entries.items(), held, strict=True):
-            if stored is entry or stored == entry:
+        for (place, entry), before in zip(entries.items(), stored, strict=True):
+            if before is None:
                 new[place] = entry
-            elif claimed[place].same_request(stored):
-                outcomes[place] = Stored(stored, None)
             else:
-                outcomes[place] = _conflict()
+                outcomes[place] = Stored(before, None) if claimed[place].same_request(before) else _conflict()
         return outcomes | await self._append(new)
 
     async def _append(self, entries: dict[int, Entry]) -> dict[int, Stored | KeyserviceError]:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from keyservice.bearer import BearerRefused
 from keyservice.core.evidence import EpochKey
 from keyservice.errors import RequestRefused
-from keyservice.intents import EntriesBody, Intents, OutcomeBody, decode_entries, encode_entries
+from keyservice.intents import BeforeBody, EntriesBody, Intents, OutcomeBody, decode_entries, encode_entries
 from keyservice.limits import BULK_REVOCATIONS_MAX, KEEPER_BODY_BYTES_MAX
 from verifier.log import EPOCH_KIND, Entry, FormatError
 
@@ -43,11 +43,11 @@ def router(intents: Intents, secret: str) -> APIRouter:
 
     @routes.post("/intents")
     async def intend(request: Request) -> Response:
-        """What is on disk under each entry's id when this is answered."""
+        """Each is on disk when this is answered, unless something was stored under its id before: that is told."""
         check(request)
         body = await read_json(request, EntriesBody, KEEPER_BODY_BYTES_MAX)
-        stored = await intents.intend(_entries(body.entries))
-        return json_response({"entries": encode_entries(stored)})
+        before = await intents.intend(_entries(body.entries))
+        return json_response(BeforeBody([None if entry is None else entry.encode() for entry in before]))
 
     @routes.post("/outcomes")
     async def outcome(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import shutil
 import signal
@@ -103,6 +104,23 @@ def test_each_api_instance_stores_with_the_regions_keeper_and_without_it_does_no
 # -- a keeper and an API instance in this process, over the real socket -----------------------------------------------
 
 
+async def test_one_id_at_two_instances_at_the_same_moment_is_one_entry(
+    server: Server, two_instances: TwoInstances, start_service: Any
+) -> None:
+    both = [await start_service(one) for one in two_instances(server.url)]
+    headers = [await running.bearer() for running in both]
+    for attempt in range(5):
+        body = jti(f"x{attempt}")
+        posts = [
+            running.admin.post("/admin/revocations", json=body, headers=shown)
+            for running, shown in zip(both, headers, strict=True)
+        ]
+        one, two = await asyncio.gather(*posts)
+        assert (one.status_code, one.json()) == (two.status_code, two.json())
+        assert one.json()["durability"] == "replicated"
+    assert log_ids(server) == [f"x{attempt}" for attempt in range(5)]
+
+
 async def test_an_intent_that_is_in_no_log_is_known_to_every_instance_of_its_region(
     run_dir: Path, server: Server, two_instances: TwoInstances, start_service: Any
 ) -> None:
@@ -175,7 +193,9 @@ async def test_nobody_uses_a_keeper_without_its_secret(
     assert await running.keeper.find("x") is None
     right = {"Authorization": f"Bearer {KEEPER_SECRET}"}
     assert (await keeper.request(*calls[2][:2], headers=right)).json()["code"] == "revocation_unknown"
-    assert (await keeper.request("POST", "/keeper/intents", json=body, headers=right)).json() == body
+    for before in ([None], body["entries"]):
+        answer = await keeper.request("POST", "/keeper/intents", json=body, headers=right)
+        assert answer.json() == {"before": before}
     assert await running.keeper.find("x") == entry
     broken = {"entries": [{"v": "1"}]}
     answer = await keeper.request("POST", "/keeper/intents", json=broken, headers=right)
