@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from verifier.decision import Rules, check_revoked, check_static
+from verifier.decision import Rules, Trust, check_revoked, check_static
 from verifier.errors import InvalidToken
 from verifier.jwk import KeySet
 from verifier.revocations import Snapshot
@@ -60,6 +60,7 @@ class AdminBearer:
             leeway_s=leeway_s,
             max_token_lifetime_s=max_token_lifetime_s,
         )
+        self._trust = Trust(self._rules, None)
         self._clock = clock
         self._keys = keys
         self._snapshot = snapshot
@@ -79,7 +80,9 @@ class AdminBearer:
         if keys is None:
             raise BearerRefused("keys_unavailable", "no keys to check the token with yet", status=503)
         try:
-            verified = check_static(token, self._rules, keys, self._clock())
+            if self._trust.keys is not keys:
+                self._trust = Trust(self._rules, keys)
+            verified = check_static(token, self._trust, self._clock())
             check_revoked(verified, self._snapshot())
         except InvalidToken as error:
             raise BearerRefused(error.code, str(error), status=401) from None

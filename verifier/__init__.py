@@ -12,12 +12,15 @@ from . import errors
 from .bearer import current_claims
 from .claims import Claims
 from .errors import ConfigurationError, InvalidToken, RevokedToken, Undecidable
-from .verifier import Status, Verifier
+from .issuers import Issuer
+from .status import Status
+from .verifier import Verifier
 
 __all__ = [
     "Claims",
     "ConfigurationError",
     "InvalidToken",
+    "Issuer",
     "RevokedToken",
     "Status",
     "Undecidable",

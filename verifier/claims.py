@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from .errors import InvalidToken
 from .limits import IDENTIFIER_BYTES_MAX
@@ -24,9 +26,13 @@ __all__ = ["Claims", "Facts", "check_claims"]
 
 _CONTAINERS: Final = (list, dict)
 _NOTHING: Final[frozenset[str]] = frozenset()
+_JSON_TYPES: Final = ((str, "string"), (int | float, "number"), (list, "array"), (dict, "object"))
+_NUMBER_MAX: Final = 1e15
+_SURELY_SHORT: Final = IDENTIFIER_BYTES_MAX // 4
+"""A string of as many characters has at most :data:`~verifier.limits.IDENTIFIER_BYTES_MAX` bytes."""
 
 
-class Facts(NamedTuple):
+class Facts(msgspec.Struct, frozen=True, gc=False):
     """What step 5 established. Times are Unix seconds; ``valid_from <= now < valid_until`` holds the token good."""
 
     issuer: str
@@ -40,23 +46,39 @@ class Facts(NamedTuple):
     after: frozenset[str]
 
 
+def _invalid(claim: str, reason: str, *, expected: str | None = None, actual: Any = None) -> InvalidToken:
+    named = None if actual is None else _type_name(actual)
+    return InvalidToken("claim_invalid", step=5, claim=claim, reason=reason, expected=expected, actual=named)
+
+
+def _type_name(value: Any) -> str:
+    """The JSON type of a value (RFC 8259 section 3): what may be said of one that is not to be repeated."""
+    if isinstance(value, bool):
+        return "boolean"
+    return next((name for kind, name in _JSON_TYPES if isinstance(value, kind)), "null")
+
+
 def _number(claims: Mapping[str, Any], name: str) -> float | None:
     value = claims.get(name)
     if value is None and name not in claims:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15:
-        return value
-    raise InvalidToken("claim_invalid", step=5, claim=name, reason="not a NumericDate")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if -_NUMBER_MAX < value < _NUMBER_MAX:
+            return value
+        raise _invalid(name, "not a NumericDate", expected="Unix seconds")
+    raise _invalid(name, "not a NumericDate", expected="a finite number", actual=value)
 
 
 def _identifier(claims: Mapping[str, Any], name: str) -> str | None:
     value = claims.get(name)
     if value is None and name not in claims:
         return None
-    if type(value) is not str or not value:
-        raise InvalidToken("claim_invalid", step=5, claim=name, reason="not a non-empty string")
+    if type(value) is not str:
+        raise _invalid(name, "not a non-empty string", expected="string", actual=value)
+    if not value:
+        raise _invalid(name, "not a non-empty string", expected="string")
     if len(value) > IDENTIFIER_BYTES_MAX // 4 and len(value.encode()) > IDENTIFIER_BYTES_MAX:
-        raise InvalidToken("claim_invalid", step=5, claim=name, reason="too long to be revocable")
+        raise _invalid(name, "too long to be revocable", expected=f"at most {IDENTIFIER_BYTES_MAX} bytes")
     return value
 
 
@@ -67,15 +89,16 @@ def _check_audience(value: Any, accepted: frozenset[str]) -> None:
     elif type(value) is list and all(type(item) is str for item in value):
         if not accepted.isdisjoint(value):
             return
+    elif value is None:
+        raise InvalidToken("claim_missing", step=5, claim="aud", reason="absent")
     else:
-        reason = "absent" if value is None else "not a string or a list of strings"
-        raise InvalidToken("claim_missing" if value is None else "claim_invalid", step=5, claim="aud", reason=reason)
-    raise InvalidToken("claim_invalid", step=5, claim="aud", reason="not for this audience")
+        raise _invalid("aud", "not a string or a list of strings", expected="string or array of strings", actual=value)
+    raise _invalid("aud", "not for this audience", expected=" or ".join(sorted(accepted)))
 
 
 def _after(value: Any) -> frozenset[str]:
     if type(value) is not list or not all(type(item) is str for item in value):
-        raise InvalidToken("claim_invalid", step=5, claim="after", reason="not a list of strings")
+        raise _invalid("after", "not a list of strings", expected="array of strings", actual=value)
     return frozenset(value)
 
 
@@ -84,11 +107,11 @@ def _check_issuer(claims: Mapping[str, Any], rules: Rules) -> str:
     if issuer is None:
         if rules.issuer is None and "iss" not in claims:
             return ""
-        raise InvalidToken("claim_missing", step=5, claim="iss")
+        raise InvalidToken("claim_missing", step=5, claim="iss", expected=rules.issuer)
     if type(issuer) is not str:
-        raise InvalidToken("claim_invalid", step=5, claim="iss", reason="not a string")
+        raise _invalid("iss", "not a string", expected="string", actual=issuer)
     if rules.issuer is not None and issuer != rules.issuer:
-        raise InvalidToken("claim_invalid", step=5, claim="iss", reason="another issuer")
+        raise _invalid("iss", "another issuer", expected=rules.issuer)
     return issuer
 
 
@@ -100,36 +123,65 @@ def _window(claims: Mapping[str, Any], rules: Rules) -> tuple[float, float, floa
     if iat is None and rules.require_iat:
         raise InvalidToken("claim_missing", step=5, claim="iat")
     if iat is not None and exp - iat > rules.max_token_lifetime_s:
-        raise InvalidToken("token_lifetime_too_long", step=5, claim="exp")
+        raise _too_long(rules, exp - iat)
     starts = max(-math.inf if iat is None else iat, -math.inf if nbf is None else nbf)
     return starts - rules.leeway_s, exp + rules.leeway_s, iat
 
 
-def check_claims(claims: Mapping[str, Any], rules: Rules, now: float) -> Facts:
-    """Every check of step 5 at wall time ``now`` (Unix seconds); raises :class:`InvalidToken`."""
-    issuer = _check_issuer(claims, rules)
-    if rules.audiences is not None:
-        _check_audience(claims.get("aud"), rules.audiences)
-    valid_from, valid_until, iat = _window(claims, rules)
+def _too_long(rules: Rules, lifetime_s: float) -> InvalidToken:
+    expected, actual = f"at most {rules.max_token_lifetime_s:g} s", f"{lifetime_s:g} s"
+    return InvalidToken("token_lifetime_too_long", step=5, claim="exp", expected=expected, actual=actual)
+
+
+def _check_window(claims: Mapping[str, Any], valid_from: float, valid_until: float, rules: Rules, now: float) -> None:
+    """Raises :class:`InvalidToken` unless ``valid_from <= now < valid_until`` and the end is not too far away."""
     if now >= valid_until:
-        raise InvalidToken("token_expired", step=5, claim="exp")
+        expected, actual = f"after {now - rules.leeway_s:.0f}", f"{valid_until - rules.leeway_s:.0f}"
+        raise InvalidToken("token_expired", step=5, claim="exp", expected=expected, actual=actual)
     if now < valid_from:
         late = "nbf" if now < claims.get("nbf", -math.inf) - rules.leeway_s else "iat"
-        raise InvalidToken("token_not_yet_valid", step=5, claim=late)
-    if iat is None and valid_until - now > rules.max_token_lifetime_s + rules.leeway_s:
-        raise InvalidToken("token_lifetime_too_long", step=5, claim="exp")
-    after = claims.get("after")
-    return Facts(
-        issuer,
-        valid_from,
-        valid_until,
-        iat,
-        _identifier(claims, "jti"),
-        _identifier(claims, "sid"),
-        _identifier(claims, "sub"),
-        _identifier(claims, "client_id"),
-        _NOTHING if after is None else _after(after),
-    )
+        expected, actual = f"at most {now + rules.leeway_s:.0f}", f"{claims[late]:.0f}"
+        raise InvalidToken("token_not_yet_valid", step=5, claim=late, expected=expected, actual=actual)
+    if claims.get("iat") is None and valid_until - now > rules.max_token_lifetime_s + rules.leeway_s:
+        raise _too_long(rules, valid_until - rules.leeway_s - now)
+
+
+def check_claims(claims: Mapping[str, Any], rules: Rules, now: float) -> Facts:
+    """Every check of step 5 at wall time ``now`` (Unix seconds); raises :class:`InvalidToken`.
+
+    What nearly every token looks like is told apart by a comparison here; the functions above say the rest exactly.
+    """
+    get = claims.get
+    issuer, audience, exp, iat = get("iss"), get("aud"), get("exp"), get("iat")
+    if type(issuer) is not str or issuer != rules.issuer:
+        issuer = _check_issuer(claims, rules)
+    if rules.audiences is not None and (type(audience) is not str or audience not in rules.audiences):
+        _check_audience(audience, rules.audiences)
+    if (
+        type(exp) is int
+        and type(iat) is int
+        and "nbf" not in claims
+        and iat <= exp <= iat + rules.max_token_lifetime_s
+        and iat > -_NUMBER_MAX
+        and exp < _NUMBER_MAX
+    ):
+        valid_from, valid_until = iat - rules.leeway_s, exp + rules.leeway_s
+    else:
+        valid_from, valid_until, iat = _window(claims, rules)
+    if not valid_from <= now < valid_until or iat is None:
+        _check_window(claims, valid_from, valid_until, rules, now)
+    jti, sid, sub, client_id = get("jti"), get("sid"), get("sub"), get("client_id")
+    if type(jti) is not str or not 0 < len(jti) <= _SURELY_SHORT:
+        jti = _identifier(claims, "jti")
+    if type(sid) is not str or not 0 < len(sid) <= _SURELY_SHORT:
+        sid = _identifier(claims, "sid")
+    if type(sub) is not str or not 0 < len(sub) <= _SURELY_SHORT:
+        sub = _identifier(claims, "sub")
+    if type(client_id) is not str or not 0 < len(client_id) <= _SURELY_SHORT:
+        client_id = _identifier(claims, "client_id")
+    after = get("after")
+    known = _NOTHING if after is None else _after(after)
+    return Facts(issuer, valid_from, valid_until, iat, jti, sid, sub, client_id, known)
 
 
 class Claims(Mapping[str, Any]):
@@ -168,6 +220,11 @@ class Claims(Mapping[str, Any]):
     def subject(self) -> str | None:
         """Claim ``sub``, or None."""
         return self._members.get("sub")
+
+    @property
+    def issuer(self) -> str | None:
+        """Claim ``iss``, or None."""
+        return self._members.get("iss")
 
     @property
     def scopes(self) -> frozenset[str]:

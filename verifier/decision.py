@@ -10,35 +10,37 @@ about the verifier, not about the token (:mod:`verifier.verifier`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import msgspec
 from cryptography.exceptions import InvalidSignature
 
 from .claims import Facts, check_claims
 from .errors import InvalidToken, RevokedToken
 from .jwk import HmacKey, KeySet, PublicKey
-from .limits import PUBLICATION_LAG_S
+from .limits import HEADER_BYTES_MAX, PUBLICATION_LAG_S
 from .revocations import Snapshot
-from .token import Header, Parsed, parse, read_payload
+from .token import Header, parse, read_header, read_payload
 
-__all__ = ["Rules", "UnknownKid", "Verified", "check_kid_revoked", "check_revoked", "check_static"]
+__all__ = [
+    "Rules",
+    "Trust",
+    "UnknownKid",
+    "Verified",
+    "check_header",
+    "check_kid_revoked",
+    "check_revoked",
+    "check_signature",
+    "check_static",
+    "choose_keys",
+    "choose_trust",
+]
 
 PUBLIC_KEY_ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "ES256")
 
-
-class UnknownKid(InvalidToken):
-    """Nothing is wrong with the token but that no key has its ``kid``: the key set held may be too old to know it.
-
-    Nothing of it is verified. ``iat`` (Unix seconds) tells how new a key set would have to be, and ``issuer`` and
-    ``kid`` whether the key was revoked. For want of an ``iat``, any set fetched from now on is new enough.
-    """
-
-    def __init__(self, facts: Facts, kid: str, now: float) -> None:
-        self.iat = now - PUBLICATION_LAG_S if facts.iat is None else facts.iat
-        self.issuer = facts.issuer
-        self.kid = kid
-        super().__init__("kid_unknown", step=3)
+Key = PublicKey | HmacKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +57,110 @@ class Rules:
     hs256_until: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A token that passed steps 1-5. ``valid_from`` and ``valid_until`` (Unix seconds) bound when that holds.
+class Choice(msgspec.Struct, frozen=True, gc=False):
+    """Steps 2 and 3 of a header: what it says, and the keys that may have signed (more than one only for HS256)."""
 
-    ``kid`` is the key's; ``named`` says whether the token's header named it.
+    header: Header
+    keys: tuple[Key, ...]
+
+
+class Trust:
+    """An issuer's rules and the keys held for it now: everything that steps 2-5 judge by. ``keys`` never change.
+
+    ``until_mono`` (monotonic seconds) is when they are too old to decide by; whoever holds the trust sees to that.
+
+    ``choose`` remembers what headers meant. Only such are kept as led to a key, in two generations of bounded size, so
+    that strangers can neither fill it nor make a look-up slow.
     """
 
-    members: dict[str, Any] = field(repr=False)
-    facts: Facts = field(repr=False)
-    alg: str
+    __slots__ = ("_known", "_old", "keys", "rules", "until_mono")
+
+    REMEMBERED = 256
+
+    def __init__(self, rules: Rules, keys: KeySet | None) -> None:
+        self.rules = rules
+        self.keys = keys
+        self.until_mono = float("inf")
+        self._known: dict[bytes, Choice] = {}
+        self._old: dict[bytes, Choice] = {}
+
+    def choose(self, segment: bytes) -> Choice:
+        """Steps 2 and 3 for a header's segment, but for the HS256 cut-off; raises :class:`InvalidToken`."""
+        choice = self._known.get(segment)
+        if choice is not None:
+            return choice
+        choice = self._old.get(segment)
+        if choice is None:
+            header = read_header(segment)
+            check_header(header, self.rules)
+            choice = Choice(header, choose_keys(header, self.rules, self.keys))
+        if choice.keys and len(segment) <= HEADER_BYTES_MAX:
+            if len(self._known) >= self.REMEMBERED:
+                self._old, self._known = self._known, {}
+            self._known[segment] = choice
+        return choice
+
+    def has(self, verified: Verified) -> bool:
+        """Step 3 again, for a token that verified by other keys: these hold the very key (HS256 secrets stay)."""
+        key = verified.key
+        if isinstance(key, HmacKey):
+            return True
+        if self.keys is None:
+            return False
+        if verified.header.kid is None:
+            return self.keys.only_fit(verified.header.alg) == key
+        return key.kid is not None and self.keys.get(key.kid) == key
+
+
+class Verified(msgspec.Struct, frozen=True, gc=False):
+    """A token that passed steps 1-5. ``facts`` bound when that holds, ``valid_until`` (Unix seconds) also HS256's end.
+
+    ``kid`` is the key's; ``header`` says whether the token named it, ``trust`` under whose rules it was judged.
+    """
+
+    members: dict[str, Any]
+    facts: Facts
+    header: Header
     kid: str | None
-    key: PublicKey | HmacKey
+    key: Key
     tok: str | None
     valid_until: float
-    named: bool
+    trust: Trust
+
+    def __repr__(self) -> str:
+        return f"Verified(alg={self.header.alg!r}, kid={self.kid!r})"
 
 
-def _keys_for(header: Header, rules: Rules, keys: KeySet | None) -> tuple[PublicKey | HmacKey, ...]:
-    """Step 3: the key by ``kid`` and bound to ``alg``; HS256 secrets without a ``kid`` are each tried."""
+class UnknownKid(InvalidToken):
+    """Nothing is wrong with the token but that no key has its ``kid``: the key set held may be too old to know it.
+
+    Nothing of it is verified. ``iat`` (Unix seconds) tells how new a key set would have to be, and ``issuer`` and
+    ``kid`` whether the key was revoked. For want of an ``iat``, any set fetched from now on is new enough. ``rules``
+    are those of the issuer whose key it would be.
+    """
+
+    def __init__(self, facts: Facts, kid: str, now: float, rules: Rules) -> None:
+        self.iat = now - PUBLICATION_LAG_S if facts.iat is None else facts.iat
+        self.issuer = facts.issuer
+        self.kid = kid
+        self.rules = rules
+        super().__init__("kid_unknown", step=3)
+
+
+def check_header(header: Header, rules: Rules) -> None:
+    """Step 2's policy: the algorithm and the type; raises :class:`InvalidToken`."""
+    if header.alg not in rules.algorithms and not (header.alg == "HS256" and rules.hs256_keys):
+        allowed = sorted(rules.algorithms | ({"HS256"} if rules.hs256_keys else set()))
+        raise InvalidToken("alg_not_allowed", step=2, expected=" or ".join(allowed))
+    if header.typ is None:
+        raise InvalidToken("typ_not_allowed", step=2, expected="JWT or at+jwt")
+
+
+def choose_keys(header: Header, rules: Rules, keys: KeySet | None) -> tuple[Key, ...]:
+    """Step 3: the key by ``kid`` and bound to ``alg``; HS256 secrets without a ``kid`` are each tried.
+
+    Empty where no key has this ``kid``; raises :class:`InvalidToken`.
+    """
     if header.alg == "HS256":
         return tuple(key for key in rules.hs256_keys if header.kid is None or key.kid in (None, header.kid))
     if keys is None:
@@ -87,53 +174,60 @@ def _keys_for(header: Header, rules: Rules, keys: KeySet | None) -> tuple[Public
     if key is None:
         return ()
     if key.alg != header.alg:
-        raise InvalidToken("alg_key_mismatch", step=3)
+        raise InvalidToken("alg_key_mismatch", step=3, expected=key.alg)
     return (key,)
 
 
-def _check_header(header: Header, rules: Rules, now: float) -> None:
-    """Step 2's policy: the algorithm and the type."""
-    if header.alg == "HS256":
-        if not rules.hs256_keys:
-            raise InvalidToken("alg_not_allowed", step=2)
-        if rules.hs256_until is not None and now >= rules.hs256_until:
-            raise InvalidToken("hs256_cutoff", step=2)
-    elif header.alg not in rules.algorithms:
-        raise InvalidToken("alg_not_allowed", step=2)
-    if not header.is_jwt:
-        raise InvalidToken("typ_not_allowed", step=2)
+def choose_trust(members: Mapping[str, Any], trusts: Mapping[str, Trust]) -> Trust:
+    """Whose keys to look among, by a payload that nothing vouches for yet; raises :class:`InvalidToken`.
+
+    This only says which issuer's keys and rules the token has to satisfy: no key of one issuer ever verifies a token
+    that names another.
+    """
+    issuer = members.get("iss")
+    trust = trusts.get(issuer) if type(issuer) is str else None
+    if trust is None:
+        code = "claim_missing" if "iss" not in members else "claim_invalid"
+        raise InvalidToken(code, step=3, claim="iss", reason="none of the issuers")
+    return trust
 
 
-def _check_signature(parsed: Parsed, candidates: tuple[PublicKey | HmacKey, ...]) -> PublicKey | HmacKey:
+def check_signature(signing_input: bytes, signature: bytes, keys: tuple[Key, ...]) -> Key:
     """Step 4: the key that verifies; raises :class:`InvalidToken`."""
-    for key in candidates:
+    for key in keys:
         try:
-            key.verify(parsed.signature, parsed.signing_input)
+            key.verify(signature, signing_input)
         except InvalidSignature:
             continue
         return key
     raise InvalidToken("signature_invalid", step=4)
 
 
-def check_static(token: str, rules: Rules, keys: KeySet | None, now: float) -> Verified:
-    """Steps 1-5 at wall time ``now`` (Unix seconds).
+def check_static(token: str, trust: Trust | Mapping[str, Trust], now: float) -> Verified:
+    """Steps 1-5 at wall time ``now`` (Unix seconds), for one issuer or for several by name.
 
     Raises :class:`InvalidToken`; :class:`UnknownKid` when a newer key set might know the key.
     """
     parsed = parse(token)
-    header = parsed.header
-    _check_header(header, rules, now)
-    candidates = _keys_for(header, rules, keys)
-    if not candidates and header.alg != "HS256":
-        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "", now)
-    key = _check_signature(parsed, candidates)
-    members = read_payload(parsed.payload)
+    members: dict[str, Any] | None = None
+    if not isinstance(trust, Trust):
+        members = read_payload(parsed.payload)
+        trust = choose_trust(members, trust)
+    rules = trust.rules
+    choice = trust.choose(parsed.header)
+    header = choice.header
+    hs256_until = rules.hs256_until if header.alg == "HS256" else None
+    if hs256_until is not None and now >= hs256_until:
+        raise InvalidToken("hs256_cutoff", step=2, expected=f"before {hs256_until:.0f}", actual=f"{now:.0f}")
+    if not choice.keys and header.alg != "HS256":
+        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "", now, rules)
+    key = check_signature(parsed.signing_input, parsed.signature, choice.keys)
+    if members is None:
+        members = read_payload(parsed.payload)
     facts = check_claims(members, rules, now)
-    valid_until = facts.valid_until
-    if header.alg == "HS256" and rules.hs256_until is not None:
-        valid_until = min(valid_until, rules.hs256_until)
+    until = facts.valid_until if hs256_until is None else min(facts.valid_until, hs256_until)
     tok = None if facts.jti is not None else hashlib.sha256(parsed.signing_input).hexdigest()
-    return Verified(members, facts, header.alg, header.kid or key.kid, key, tok, valid_until, header.kid is not None)
+    return Verified(members, facts, header, header.kid or key.kid, key, tok, until, trust)
 
 
 def check_kid_revoked(unknown: UnknownKid, revocations: Snapshot) -> None:

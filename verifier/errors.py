@@ -73,27 +73,40 @@ class VerifierError(Exception):
 class InvalidToken(VerifierError):
     """The token must not be accepted, now or later: HTTP 401.
 
-    Attributes: ``code``, ``step`` (1-6, see :mod:`verifier.verifier`), ``claim`` (name, for claim errors),
-    ``reason`` (a machine-readable detail).
+    Attributes: ``code``, ``step`` (1-6, see :mod:`verifier.decision`), ``claim`` (name, for claim errors), ``reason``
+    (a machine-readable detail), ``expected`` (what the verifier accepts) and ``actual`` (a time, a length of time or a
+    JSON type that was found instead, never a value that the bearer could have filled with anything else).
     """
 
-    def __init__(self, code: str, *, step: int, claim: str | None = None, reason: str | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        *,
+        step: int,
+        claim: str | None = None,
+        reason: str | None = None,
+        expected: str | None = None,
+        actual: str | None = None,
+    ) -> None:
         self.step: int = step
         self.claim: str | None = claim
         self.reason: str | None = reason
-        detail = "".join(f"; {name}: {value}" for name, value in (("claim", claim), ("reason", reason)) if value)
-        super().__init__(code, CODES[code] + detail)
+        self.expected: str | None = expected
+        self.actual: str | None = actual
+        fields = (("claim", claim), ("reason", reason), ("expected", expected), ("actual", actual))
+        super().__init__(code, CODES[code] + "".join(f"; {name}: {value}" for name, value in fields if value))
 
 
 class RevokedToken(InvalidToken):
     """The token was valid and has been revoked: HTTP 401.
 
-    Attributes: ``kind`` (jti, tok, sid, sub, client, kid or all) and ``entry_id``, the id of the trust-log entry.
+    Attributes: ``kind`` (jti, tok, sid, sub, client, kid or all) and ``entry_id``, the id of the trust-log entry, or
+    None where the mirror does not keep it.
     """
 
-    def __init__(self, *, kind: str, entry_id: str) -> None:
+    def __init__(self, *, kind: str, entry_id: str | None) -> None:
         self.kind: str = kind
-        self.entry_id: str = entry_id
+        self.entry_id: str | None = entry_id
         super().__init__("token_revoked", step=6, reason=kind)
 
 

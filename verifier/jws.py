@@ -14,7 +14,7 @@ from cryptography.exceptions import InvalidSignature
 from .decision import PUBLIC_KEY_ALGORITHMS
 from .errors import ConfigurationError, InvalidToken
 from .jwk import HmacKey, JwksError, KeySet, PublicKey
-from .token import decode_segment, parse
+from .token import decode_segment, parse, read_header
 
 __all__ = ["verify_compact"]
 
@@ -51,9 +51,10 @@ def verify_compact(token: str, jwks: Mapping[str, Any], algorithms: Iterable[str
     if not allowed or not (allowed == {"HS256"} or allowed <= set(PUBLIC_KEY_ALGORITHMS)):
         raise ConfigurationError("setting_invalid", "algorithms: name public-key algorithms, or HS256 alone")
     parsed = parse(token)
-    if parsed.header.alg not in allowed:
+    header = read_header(parsed.header)
+    if header.alg not in allowed:
         raise InvalidToken("alg_not_allowed", step=2)
-    fitting = _candidates(jwks, parsed.header.alg, parsed.header.kid)
+    fitting = _candidates(jwks, header.alg, header.kid)
     if len(fitting) != 1:
         raise InvalidToken("kid_unknown" if not fitting else "kid_invalid", step=3)
     try:

@@ -13,9 +13,8 @@ The input is a stranger's. Rules, each with the check that enforces it beside it
 from __future__ import annotations
 
 import json
-from binascii import Error as Base64Error
-from binascii import a2b_base64, b2a_base64
-from typing import Any, Final, NamedTuple, NoReturn
+from string import ascii_lowercase, ascii_uppercase, digits
+from typing import Annotated, Any, Final, NoReturn
 
 import msgspec
 
@@ -28,47 +27,60 @@ from .limits import (
     TOKEN_CHARS_MAX,
 )
 
-__all__ = ["Header", "Parsed", "parse", "strict_json_object"]
+__all__ = ["Header", "Parsed", "decode_segment", "parse", "read_header", "read_payload", "strict_json_object"]
 
-_TO_STANDARD: Final = bytes.maketrans(b"-_", b"+/")
-_TO_URL: Final = bytes.maketrans(b"+/", b"-_")
-_TYPES: Final = frozenset({"jwt", "at+jwt", "application/at+jwt", "application/jwt"})
+_TYPES: Final = {"jwt": "JWT", "application/jwt": "JWT", "at+jwt": "at+jwt", "application/at+jwt": "at+jwt"}
+_ABSENT: Final = "absent"
+
+_Word = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Flat = dict[str, str | _Word | float | bool | list[str] | None]
+_decode_flat: Final = msgspec.json.Decoder(_Flat).decode
 _decode_json: Final = msgspec.json.Decoder().decode
 _encode_json: Final = msgspec.json.Encoder().encode
 
+_decode_base64: Final = msgspec.json.Decoder(bytes).decode
+# By the length of a segment modulo 4: what closes it as a padded string, and last characters without unused bits.
+_CLOSE: Final = (b'"', b'"', b'=="', b'="')
+_ALPHABET: Final = (ascii_uppercase + ascii_lowercase + digits + "-_").encode()
+_LAST: Final = (frozenset(_ALPHABET), frozenset[int](), frozenset(_ALPHABET[::16]), frozenset(_ALPHABET[::4]))
+_PLUS, _SLASH = b"+/"
 
-class Header(NamedTuple):
+
+class Header(msgspec.Struct, frozen=True, gc=False):
     """The header parameters that verification uses; everything else is ignored."""
 
     alg: str
     kid: str | None
-    is_jwt: bool
-    """True if ``typ`` is absent, ``JWT`` or ``at+jwt``, compared as RFC 7515 section 4.1.9 says."""
+    typ: str | None
+    """``JWT``, ``at+jwt`` or ``absent``, compared as RFC 7515 section 4.1.9 says; None for any other."""
 
 
-class Parsed(NamedTuple):
+class Parsed(msgspec.Struct, frozen=True, gc=False):
     """Step 1's result. ``signing_input`` is ``header.payload`` as received (RFC 7515 section 5.2)."""
 
-    header: Header
+    header: bytes
+    """The header's segment, still encoded: :func:`read_header`."""
     payload: bytes
     signing_input: bytes
     signature: bytes
 
     def __repr__(self) -> str:
-        return f"Parsed(header={self.header!r})"
+        return "Parsed()"
 
 
 def decode_segment(segment: bytes, name: str) -> bytes:
     """Canonical base64url to bytes; raises :class:`InvalidToken` (``token_not_canonical``).
 
-    The decoder is lenient; encoding its result again and comparing admits exactly one spelling.
+    One spelling is admitted: nothing outside the alphabet (a decoder that skipped it would give too few bytes), and
+    no unused bits in the last character.
     """
-    standard = segment.translate(_TO_STANDARD)
+    size = len(segment)
+    rest = size % 4
     try:
-        raw = a2b_base64(standard + b"===="[: -len(segment) % 4])
-    except (Base64Error, ValueError):
+        raw = _decode_base64(b'"' + segment.replace(b"-", b"+").replace(b"_", b"/") + _CLOSE[rest])
+    except msgspec.DecodeError:
         raise InvalidToken("token_not_canonical", step=1, reason=name) from None
-    if b2a_base64(raw, newline=False).rstrip(b"=").translate(_TO_URL) != segment:
+    if len(raw) != size * 3 // 4 or _PLUS in segment or _SLASH in segment or (size and segment[-1] not in _LAST[rest]):
         raise InvalidToken("token_not_canonical", step=1, reason=name)
     return raw
 
@@ -84,10 +96,10 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def _bounded_int(digits: str) -> int:
-    if len(digits) > INTEGER_DIGITS_MAX:
+def _bounded_int(text: str) -> int:
+    if len(text) > INTEGER_DIGITS_MAX:
         raise ValueError("integer too long")
-    return int(digits)
+    return int(text)
 
 
 def _finite(text: str) -> float:
@@ -112,29 +124,23 @@ def _check_tree(value: Any, depth: int) -> None:
             _check_tree(item, depth + 1)
 
 
-def _is_flat(members: dict[str, Any]) -> bool:
-    """True if no member holds an object, and no list holds anything but strings: nothing left to check."""
-    for value in members.values():
-        kind = type(value)
-        if kind is dict or (kind is int and abs(value) >= 10**INTEGER_DIGITS_MAX):
-            return False
-        if kind is list and any(type(item) is not str for item in value):
-            return False
-    return True
-
-
 def strict_json_object(raw: bytes) -> dict[str, Any]:
     """One JSON object under the rules above; raises :class:`ValueError`.
 
     The common case is decided by encoding the result again: where that gives the same bytes, the input had no
-    duplicate names, no odd spellings and no invalid text. Everything else takes the slow, exact path.
+    duplicate names, no odd spellings and no invalid text, and its type leaves no room for depth or large integers.
+    Everything else takes the slow, exact path.
     """
     try:
-        members = _decode_json(raw)
-        if type(members) is dict and _encode_json(members) == raw and _is_flat(members):
+        members = _decode_flat(raw)
+        if _encode_json(members) == raw:
             return members
-    except (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, ValueError):
+    except (msgspec.DecodeError, UnicodeError):
         pass
+    return _exact_json_object(raw)
+
+
+def _exact_json_object(raw: bytes) -> dict[str, Any]:
     try:
         members = json.loads(
             raw.decode("utf-8"),
@@ -158,7 +164,8 @@ def _read_object(raw: bytes, name: str) -> dict[str, Any]:
         raise InvalidToken("token_json_invalid", step=1, reason=name) from None
 
 
-def _read_header(segment: bytes) -> Header:
+def read_header(segment: bytes) -> Header:
+    """Step 2's form: the header's segment to its parameters; raises :class:`InvalidToken`."""
     raw = decode_segment(segment, "header")
     if len(raw) > HEADER_BYTES_MAX:
         raise InvalidToken("token_too_large", step=1, reason="header")
@@ -170,38 +177,16 @@ def _read_header(segment: bytes) -> Header:
         raise InvalidToken("crit_not_supported", step=2)
     if "kid" in members and (not isinstance(kid, str) or not kid or len(kid.encode()) > KID_BYTES_MAX):
         raise InvalidToken("kid_invalid", step=2)
-    return Header(alg, kid, "typ" not in members or (isinstance(typ, str) and typ.lower() in _TYPES))
-
-
-class _HeaderMemo:
-    """Header segment to parsed header: an issuer uses a handful of headers, each repeated in every token.
-
-    Two generations instead of an LRU: a look-up moves nothing, and the size stays bounded.
-    """
-
-    SIZE = 256
-
-    def __init__(self) -> None:
-        self._young: dict[bytes, Header] = {}
-        self._old: dict[bytes, Header] = {}
-
-    def get(self, segment: bytes) -> Header:
-        header = self._young.get(segment)
-        if header is not None:
-            return header
-        header = self._old.get(segment) or _read_header(segment)
-        if len(self._young) >= self.SIZE:
-            self._old, self._young = self._young, {}
-        if len(segment) <= HEADER_BYTES_MAX:
-            self._young[segment] = header
-        return header
-
-
-_headers: Final = _HeaderMemo()
+    if "typ" not in members:
+        return Header(alg, kid, _ABSENT)
+    return Header(alg, kid, _TYPES.get(typ.lower()) if isinstance(typ, str) else None)
 
 
 def parse(token: str) -> Parsed:
-    """Step 1, and the form of step 2's header; raises :class:`InvalidToken` for anything but a strict compact JWS."""
+    """Step 1: three parts; raises :class:`InvalidToken` for anything but a compact JWS in its one spelling.
+
+    The header is handed on as it stands: an issuer repeats a handful of them, and what one means is remembered.
+    """
     if type(token) is not str:
         raise InvalidToken("token_malformed", step=1, reason="not a string")
     if len(token) > TOKEN_CHARS_MAX:
@@ -212,14 +197,9 @@ def parse(token: str) -> Parsed:
         raise InvalidToken("token_malformed", step=1, reason="not ASCII") from None
     signing_input, _, signature = raw.rpartition(b".")
     header, dot, payload = signing_input.partition(b".")
-    if not dot or b"." in payload or not header or not payload:
+    if not dot or not header or not payload or b"." in payload:
         raise InvalidToken("token_malformed", step=1)
-    return Parsed(
-        _headers.get(header),
-        decode_segment(payload, "payload"),
-        signing_input,
-        decode_segment(signature, "signature"),
-    )
+    return Parsed(header, decode_segment(payload, "payload"), signing_input, decode_segment(signature, "signature"))
 
 
 def read_payload(payload: bytes) -> dict[str, Any]:

@@ -33,7 +33,7 @@ import msgspec
 from verifier.errors import InvalidToken
 from verifier.limits import ENTRY_REASON_BYTES_MAX, ENTRY_VALUE_BYTES_MAX, TOKEN_CHARS_MAX
 from verifier.log import CUTOFF_KINDS
-from verifier.token import parse, read_payload
+from verifier.token import parse, read_header, read_payload
 
 from .revocation import identifier_of
 
@@ -209,6 +209,7 @@ def _token(text: str, reason: str) -> Item:
     """A token travels whole, so that its ``exp`` counts; its id is that of what the key service will find in it."""
     try:
         parsed = parse(text)
+        read_header(parsed.header)
         members = read_payload(parsed.payload)
     except InvalidToken:
         raise Garbage("token_malformed") from None

@@ -26,7 +26,7 @@ from keyservice.errors import RequestRefused
 from verifier.errors import InvalidToken
 from verifier.limits import ENTRY_VALUE_BYTES_MAX
 from verifier.log import CUTOFF_KINDS, EPOCH_KIND, KINDS, NEVER_EXPIRES, Entry, FormatError, Position
-from verifier.token import parse, read_payload
+from verifier.token import parse, read_header, read_payload
 
 __all__ = ["Draft", "EntryIndex", "RevocationPolicy", "Stored", "draft", "entry_for", "identifier_of", "sid_draft"]
 
@@ -127,6 +127,7 @@ def _token_draft(token: str, entry_id: str, reason: str) -> Draft:
     """The identifiers of a token; raises :class:`RequestRefused` for what no verifier would accept either."""
     try:
         parsed = parse(token.strip())
+        read_header(parsed.header)
         members = read_payload(parsed.payload)
     except InvalidToken as error:
         raise RequestRefused("token_malformed", f"not a token: {error.code}") from None

@@ -36,7 +36,7 @@ from regions.recorder.events import (
 from regions.recorder.tape import ACCEPTED, Outcome, Tape, Watched
 from verifier import ConfigurationError, InvalidToken, RevokedToken, Undecidable, Verifier
 from verifier.settings import environment_settings
-from verifier.verifier import Status
+from verifier.status import Status
 
 __all__ = ["Recording", "main"]
 

@@ -124,7 +124,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def the_cache_keeps_to_its_size(self) -> None:
         if hasattr(self, "cached"):
-            assert len(self.cached._cache) <= 100
+            assert self.cached.status().token_cache_entries <= 100
 
 
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -277,19 +277,20 @@ def test_a_set_that_has_arrived_is_judged_by_although_the_verifier_was_not_told_
     told, told_once = threading.Event(), threading.Event()
     tell = Verifier._keys_changed
 
-    def late(self: Verifier, keys: Any) -> None:
+    def late(self: Verifier) -> None:
         if told_once.is_set():
             told.wait(10)
         told_once.set()
-        tell(self, keys)
+        tell(self)
 
     monkeypatch.setattr(Verifier, "_keys_changed", late)
     with verifier_of(server.url) as verifier:
         assert verifier.wait_ready(10)
         until(told_once.is_set, "told of the first set")
         server.serve_keys(key, other_key)
-        assert verifier._client is not None
-        threading.Thread(target=verifier._client.refresh, args=(10,)).start()
+        client = verifier._issuers[0].client
+        assert client is not None
+        threading.Thread(target=client.refresh, args=(10,)).start()
         until(lambda: other_key.kid in verifier.status().keys, "the set has arrived")
         try:
             assert verifier.verify(old_token(other_key))  # a valid token: not the token's fault

@@ -12,7 +12,6 @@ import pytest
 from tests.verifier.support import ISSUER, NOW, SECRET, Mirrored, make_verifier, refusal, token_of
 from verifier import Undecidable, Verifier
 from verifier.bearer import Challenge, challenge_for
-from verifier.decision import check_static
 from verifier.errors import VerifierError
 from verifier.jwk import HmacKey
 from verifier.replica import ReplicaMirror
@@ -37,15 +36,17 @@ def test_what_holds_a_token_does_not_print_it(key: SigningKey) -> None:
     verifier = make_verifier(key, hs256_secrets=[SECRET])
     for token in (token_of(key), token_of(SECRET)):
         claims = verifier.verify(token)
-        verified = check_static(token, verifier._rules, verifier._local_keys.keys, NOW)
+        hit = verifier._judge.decide(token, None)
         for thing in (
             claims,
-            verified,
+            hit,
+            hit.verified,
+            hit.verified.header,
             parse(token),
-            parse(token).header,
             verifier,
             verifier.status(),
-            verifier._cache,
+            verifier._judge,
+            verifier._judge._cache,
         ):
             assert_says_nothing(texts_of(thing), token)
 
@@ -91,7 +92,7 @@ def test_what_holds_a_secret_does_not_print_it(key: SigningKey) -> None:
         hs256_secrets=[SECRET, ("kid", SECRET)],
     )
     mirror = ReplicaMirror("redis://127.0.0.1:1/", password=REDIS_PASSWORD)
-    rules = verifier._rules
+    rules = verifier._settings[0].rules
     for thing in (verifier, rules, rules.hs256_keys, HmacKey.from_secret(SECRET.encode()), mirror, mirror.view, key):
         assert_says_nothing(texts_of(thing), SECRET, REDIS_PASSWORD)
     private = key.private.private_numbers().d

@@ -60,10 +60,11 @@ def test_the_fixed_names_stand_where_the_design_puts_them(module: str, names: li
 
 
 DEFAULTS = {
-    "issuer": inspect.Parameter.empty,
-    "audience": inspect.Parameter.empty,
-    "jwks_urls": inspect.Parameter.empty,
+    "issuer": "<required>",
+    "audience": "<required>",
+    "jwks_urls": "<required>",
     "redis_url": inspect.Parameter.empty,
+    "issuers": None,
     "on_stale": "allow",
     "on_unsynced": "deny",
     "max_staleness_s": 5.0,
@@ -85,7 +86,9 @@ DEFAULTS = {
 def test_the_constructor_has_the_parameters_and_defaults_of_the_design() -> None:
     parameters = inspect.signature(Verifier).parameters
     assert "hs256_secrets" in parameters
-    assert {name: parameters[name].default for name in DEFAULTS} == DEFAULTS
+    defaults = {name: parameters[name].default for name in DEFAULTS}
+    defaults |= {name: repr(defaults[name]) for name in ("issuer", "audience", "jwks_urls")}
+    assert defaults == DEFAULTS
     assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
 
 

@@ -30,12 +30,19 @@ def misuse(**settings: Any) -> ConfigurationError:
     return caught.value
 
 
-@pytest.mark.parametrize("missing", ["issuer", "audience", "jwks_urls", "redis_url"])
-def test_what_must_be_named_has_no_default(missing: str) -> None:
-    settings = {"issuer": ISSUER, "audience": AUDIENCE, "jwks_urls": None, "redis_url": None, "hs256_secrets": [SECRET]}
-    del settings[missing]
-    with pytest.raises(TypeError, match=missing):
-        Verifier(**settings)  # type: ignore[arg-type]
+NAMED: dict[str, Any] = {"issuer": ISSUER, "audience": AUDIENCE, "jwks_urls": None, "hs256_secrets": [SECRET]}
+
+
+@pytest.mark.parametrize("missing", ["issuer", "audience", "jwks_urls"])
+def test_what_must_be_named_is_asked_for_by_name(missing: str) -> None:
+    with pytest.raises(ConfigurationError, match=missing) as caught:
+        Verifier(redis_url=None, **{name: value for name, value in NAMED.items() if name != missing})
+    assert (caught.value.code, caught.value.setting) == ("setting_missing", missing)
+
+
+def test_the_source_of_revocations_must_be_named() -> None:
+    with pytest.raises(TypeError, match="redis_url"):
+        Verifier(**NAMED)
 
 
 SECONDS = [
@@ -219,7 +226,7 @@ def test_a_variable_that_is_misspelt_or_unreadable_is_no_default(variable: str, 
 def test_every_parameter_can_be_set_from_the_environment_or_is_named_here() -> None:
     parameters = set(inspect.signature(Verifier).parameters)
     assert set(_READERS) <= parameters
-    assert parameters - set(_READERS) == {"hs256_secrets", "jwks", "clock"}
+    assert parameters - set(_READERS) == {"hs256_secrets", "jwks", "clock", "issuers", "observer"}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def counted_static_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]
         return check_static(token, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("verifier.verifier.check_static", counting)
+        patch.setattr("verifier.judge.check_static", counting)
         yield seen
 
 
@@ -185,7 +185,7 @@ def test_a_verification_overtaken_by_a_revocation_cannot_bring_the_token_back(
         mirrored.revoke("jti", "t-1")  # after the old world was asked, before the result is kept
 
     with monkeypatch.context() as patch:
-        patch.setattr("verifier.verifier.check_revoked", overtaken)
+        patch.setattr("verifier.judge.check_revoked", overtaken)
         mirrored.verifier.verify(token)  # began before the revocation: either answer would do
     for _ in range(3):
         assert code_of(mirrored.verifier, token) == "token_revoked"
@@ -204,7 +204,7 @@ def test_a_hit_overtaken_by_a_revocation_cannot_bring_the_token_back(
         mirrored.revoke("jti", "t-1")
 
     with monkeypatch.context() as patch:
-        patch.setattr("verifier.verifier.check_revoked", overtaken)
+        patch.setattr("verifier.judge.check_revoked", overtaken)
         mirrored.verifier.verify(token)
     assert code_of(mirrored.verifier, token) == "token_revoked"
 
