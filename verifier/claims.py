@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
@@ -28,8 +28,30 @@ _CONTAINERS: Final = (list, dict)
 _NOTHING: Final[frozenset[str]] = frozenset()
 _JSON_TYPES: Final = ((str, "string"), (int | float, "number"), (list, "array"), (dict, "object"))
 _NUMBER_MAX: Final = 1e15
-_SURELY_SHORT: Final = IDENTIFIER_BYTES_MAX // 4
-"""A string of as many characters has at most :data:`~verifier.limits.IDENTIFIER_BYTES_MAX` bytes."""
+
+
+# A string of as many characters has at most IDENTIFIER_BYTES_MAX bytes.
+_ShortText = Annotated[str, msgspec.Meta(min_length=1, max_length=IDENTIFIER_BYTES_MAX // 4)]
+_Seconds = Annotated[int, msgspec.Meta(gt=-(10**15), lt=10**15)]
+
+
+class _Usual(msgspec.Struct, frozen=True, gc=False):
+    """What most tokens look like: whatever converts to it passes the exact checks too.
+
+    An identifier may be absent and is then None; one that is null does not convert.
+    """
+
+    iss: str
+    aud: str
+    iat: _Seconds
+    exp: _Seconds
+    jti: _ShortText = None  # type: ignore[assignment]
+    sid: _ShortText = None  # type: ignore[assignment]
+    sub: _ShortText = None  # type: ignore[assignment]
+    client_id: _ShortText = None  # type: ignore[assignment]
+
+
+_convert: Final = msgspec.convert
 
 
 class Facts(msgspec.Struct, frozen=True, gc=False):
@@ -149,39 +171,45 @@ def _check_window(claims: Mapping[str, Any], valid_from: float, valid_until: flo
 def check_claims(claims: Mapping[str, Any], rules: Rules, now: float) -> Facts:
     """Every check of step 5 at wall time ``now`` (Unix seconds); raises :class:`InvalidToken`.
 
-    What nearly every token looks like is told apart by a comparison here; the functions above say the rest exactly.
+    A token that looks as nearly every one does is known by one conversion to :class:`_Usual`, which checks types in
+    one call; everything else is told apart exactly.
     """
-    get = claims.get
-    issuer, audience, exp, iat = get("iss"), get("aud"), get("exp"), get("iat")
-    if type(issuer) is not str or issuer != rules.issuer:
-        issuer = _check_issuer(claims, rules)
-    if rules.audiences is not None and (type(audience) is not str or audience not in rules.audiences):
-        _check_audience(audience, rules.audiences)
+    try:
+        usual = _convert(claims, _Usual)
+    except msgspec.ValidationError:
+        return _check_exactly(claims, rules, now)
+    iat, exp = usual.iat, usual.exp
+    valid_from, valid_until = iat - rules.leeway_s, exp + rules.leeway_s
     if (
-        type(exp) is int
-        and type(iat) is int
-        and "nbf" not in claims
-        and iat <= exp <= iat + rules.max_token_lifetime_s
-        and iat > -_NUMBER_MAX
-        and exp < _NUMBER_MAX
+        usual.iss != rules.issuer
+        or (rules.audiences is not None and usual.aud not in rules.audiences)
+        or not iat <= exp <= iat + rules.max_token_lifetime_s
+        or not valid_from <= now < valid_until
+        or "nbf" in claims
+        or "after" in claims
     ):
-        valid_from, valid_until = iat - rules.leeway_s, exp + rules.leeway_s
-    else:
-        valid_from, valid_until, iat = _window(claims, rules)
-    if not valid_from <= now < valid_until or iat is None:
-        _check_window(claims, valid_from, valid_until, rules, now)
-    jti, sid, sub, client_id = get("jti"), get("sid"), get("sub"), get("client_id")
-    if type(jti) is not str or not 0 < len(jti) <= _SURELY_SHORT:
-        jti = _identifier(claims, "jti")
-    if type(sid) is not str or not 0 < len(sid) <= _SURELY_SHORT:
-        sid = _identifier(claims, "sid")
-    if type(sub) is not str or not 0 < len(sub) <= _SURELY_SHORT:
-        sub = _identifier(claims, "sub")
-    if type(client_id) is not str or not 0 < len(client_id) <= _SURELY_SHORT:
-        client_id = _identifier(claims, "client_id")
-    after = get("after")
-    known = _NOTHING if after is None else _after(after)
-    return Facts(issuer, valid_from, valid_until, iat, jti, sid, sub, client_id, known)
+        return _check_exactly(claims, rules, now)
+    return Facts(usual.iss, valid_from, valid_until, iat, usual.jti, usual.sid, usual.sub, usual.client_id, _NOTHING)
+
+
+def _check_exactly(claims: Mapping[str, Any], rules: Rules, now: float) -> Facts:
+    issuer = _check_issuer(claims, rules)
+    if rules.audiences is not None:
+        _check_audience(claims.get("aud"), rules.audiences)
+    valid_from, valid_until, iat = _window(claims, rules)
+    _check_window(claims, valid_from, valid_until, rules, now)
+    after = claims.get("after")
+    return Facts(
+        issuer,
+        valid_from,
+        valid_until,
+        iat,
+        _identifier(claims, "jti"),
+        _identifier(claims, "sid"),
+        _identifier(claims, "sub"),
+        _identifier(claims, "client_id"),
+        _NOTHING if after is None else _after(after),
+    )
 
 
 class Claims(Mapping[str, Any]):

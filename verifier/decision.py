@@ -30,17 +30,18 @@ __all__ = [
     "UnknownKid",
     "Verified",
     "check_header",
-    "check_kid_revoked",
     "check_revoked",
     "check_signature",
     "check_static",
     "choose_keys",
     "choose_trust",
+    "find_revoked_kid",
 ]
 
 PUBLIC_KEY_ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "ES256")
 
 Key = PublicKey | HmacKey
+_FAR: Final = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,14 @@ class Rules:
 
 
 class Choice(msgspec.Struct, frozen=True, gc=False):
-    """Steps 2 and 3 of a header: what it says, and the keys that may have signed (more than one only for HS256)."""
+    """Steps 2 and 3 of a header: what it says, and the keys that may have signed (more than one only for HS256).
+
+    ``until`` (Unix seconds) is when its algorithm is no longer accepted.
+    """
 
     header: Header
     keys: tuple[Key, ...]
+    until: float
 
 
 class Trust:
@@ -80,12 +85,12 @@ class Trust:
     def __init__(self, rules: Rules, keys: KeySet | None) -> None:
         self.rules = rules
         self.keys = keys
-        self.until_mono = float("inf")
+        self.until_mono = _FAR
         self._known: dict[bytes, Choice] = {}
         self._old: dict[bytes, Choice] = {}
 
     def choose(self, segment: bytes) -> Choice:
-        """Steps 2 and 3 for a header's segment, but for the HS256 cut-off; raises :class:`InvalidToken`."""
+        """Steps 2 and 3 for a header's segment, but for the time; raises :class:`InvalidToken`."""
         choice = self._known.get(segment)
         if choice is not None:
             return choice
@@ -93,7 +98,8 @@ class Trust:
         if choice is None:
             header = read_header(segment)
             check_header(header, self.rules)
-            choice = Choice(header, choose_keys(header, self.rules, self.keys))
+            until = self.rules.hs256_until if header.alg == "HS256" else None
+            choice = Choice(header, choose_keys(header, self.rules, self.keys), _FAR if until is None else until)
         if choice.keys and len(segment) <= HEADER_BYTES_MAX:
             if len(self._known) >= self.REMEMBERED:
                 self._old, self._known = self._known, {}
@@ -213,28 +219,26 @@ def check_static(token: str, trust: Trust | Mapping[str, Trust], now: float) -> 
     if not isinstance(trust, Trust):
         members = read_payload(parsed.payload)
         trust = choose_trust(members, trust)
-    rules = trust.rules
     choice = trust.choose(parsed.header)
-    header = choice.header
-    hs256_until = rules.hs256_until if header.alg == "HS256" else None
-    if hs256_until is not None and now >= hs256_until:
-        raise InvalidToken("hs256_cutoff", step=2, expected=f"before {hs256_until:.0f}", actual=f"{now:.0f}")
+    header, until = choice.header, choice.until
+    if now >= until:
+        raise InvalidToken("hs256_cutoff", step=2, expected=f"before {until:.0f}", actual=f"{now:.0f}")
     if not choice.keys and header.alg != "HS256":
-        raise UnknownKid(check_claims(read_payload(parsed.payload), rules, now), header.kid or "", now, rules)
+        facts = check_claims(read_payload(parsed.payload), trust.rules, now)
+        raise UnknownKid(facts, header.kid or "", now, trust.rules)
     key = check_signature(parsed.signing_input, parsed.signature, choice.keys)
     if members is None:
         members = read_payload(parsed.payload)
-    facts = check_claims(members, rules, now)
-    until = facts.valid_until if hs256_until is None else min(facts.valid_until, hs256_until)
+    facts = check_claims(members, trust.rules, now)
+    until = facts.valid_until if until == _FAR else min(until, facts.valid_until)
     tok = None if facts.jti is not None else hashlib.sha256(parsed.signing_input).hexdigest()
     return Verified(members, facts, header, header.kid or key.kid, key, tok, until, trust)
 
 
-def check_kid_revoked(unknown: UnknownKid, revocations: Snapshot) -> None:
-    """Step 6 for a key that is gone: raises :class:`RevokedToken` if it is gone because it was revoked."""
+def find_revoked_kid(unknown: UnknownKid, revocations: Snapshot) -> RevokedToken | None:
+    """Step 6 for a key that is gone: the refusal, if it is gone because it was revoked."""
     hit = revocations.find(issuer=unknown.issuer, kid=unknown.kid)
-    if hit is not None and hit.kind == "kid":
-        raise RevokedToken(kind=hit.kind, entry_id=hit.entry_id)
+    return RevokedToken(kind=hit.kind, entry_id=hit.entry_id) if hit is not None and hit.kind == "kid" else None
 
 
 def check_revoked(verified: Verified, revocations: Snapshot) -> None:

@@ -23,7 +23,7 @@ from typing import Final, Literal
 
 from .cache import TokenCache
 from .claims import Claims
-from .decision import Trust, UnknownKid, Verified, check_kid_revoked, check_revoked, check_static
+from .decision import Trust, UnknownKid, check_revoked, check_static, find_revoked_kid
 from .errors import ConfigurationError, InvalidToken, RevokedToken, Undecidable
 from .freshness import Staleness
 from .issuers import IssuerKeys
@@ -168,11 +168,10 @@ class Judge:
             if hit is not None and hit.valid_from <= now < hit.valid_until and self._still_trusts(hit, world):
                 verified = hit.verified
             else:
-                hit, verified = None, self._check_static(token, world, now)
+                hit, verified = None, check_static(token, world.trust, now)
             check_revoked(verified, world.revocations)
         except InvalidToken as error:
-            self._count_refusal(error)
-            raise
+            raise self._refusal(error, world) from None
         trust = verified.trust if hit is None else hit.trust
         if self._mono() >= trust.until_mono and isinstance(verified.key, PublicKey):
             raise Undecidable("keys_unavailable", reason="older than keys_max_age_s")
@@ -188,13 +187,15 @@ class Judge:
             self._cache.put(token, hit)
         return hit
 
-    def _check_static(self, token: str, world: World, now: float) -> Verified:
-        """Steps 1-5; a key that is gone because it was revoked is said so at once, whatever the key set's age."""
-        try:
-            return check_static(token, world.trust, now)
-        except UnknownKid as unknown:
-            check_kid_revoked(unknown, world.revocations)
-            raise
+    def _refusal(self, error: InvalidToken, world: World) -> InvalidToken:
+        """Counted, unless newer keys may change it; a key that is gone because it was revoked is said so at once."""
+        if isinstance(error, UnknownKid):
+            revoked = find_revoked_kid(error, world.revocations)
+            if revoked is None:
+                return error
+            error = revoked
+        self._counters["revoked" if isinstance(error, RevokedToken) else "invalid"] += 1
+        return error
 
     def _still_trusts(self, hit: Hit, world: World) -> bool:
         """Step 3 again, if the keys changed since."""
@@ -223,10 +224,6 @@ class Judge:
         staleness = freshness.staleness(now=self._wall(), mono=self._mono(), max_staleness_s=bound_s)
         if not staleness.fresh:
             raise Undecidable("revocations_stale", reason=staleness.reason, staleness_s=staleness.seconds)
-
-    def _count_refusal(self, error: InvalidToken) -> None:
-        if not isinstance(error, UnknownKid):
-            self._counters["revoked" if isinstance(error, RevokedToken) else "invalid"] += 1
 
     # -- how stale it is ------------------------------------------------------------------------------------------
 

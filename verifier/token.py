@@ -43,7 +43,7 @@ _decode_base64: Final = msgspec.json.Decoder(bytes).decode
 _CLOSE: Final = (b'"', b'"', b'=="', b'="')
 _ALPHABET: Final = (ascii_uppercase + ascii_lowercase + digits + "-_").encode()
 _LAST: Final = (frozenset(_ALPHABET), frozenset[int](), frozenset(_ALPHABET[::16]), frozenset(_ALPHABET[::4]))
-_PLUS, _SLASH = b"+/"
+_PLUS, _SLASH, _DOT = b"+/."
 
 
 class Header(msgspec.Struct, frozen=True, gc=False):
@@ -157,19 +157,15 @@ def _exact_json_object(raw: bytes) -> dict[str, Any]:
     return members
 
 
-def _read_object(raw: bytes, name: str) -> dict[str, Any]:
-    try:
-        return strict_json_object(raw)
-    except ValueError:
-        raise InvalidToken("token_json_invalid", step=1, reason=name) from None
-
-
 def read_header(segment: bytes) -> Header:
     """Step 2's form: the header's segment to its parameters; raises :class:`InvalidToken`."""
     raw = decode_segment(segment, "header")
     if len(raw) > HEADER_BYTES_MAX:
         raise InvalidToken("token_too_large", step=1, reason="header")
-    members = _read_object(raw, "header")
+    try:
+        members = strict_json_object(raw)
+    except ValueError:
+        raise InvalidToken("token_json_invalid", step=1, reason="header") from None
     alg, kid, typ = members.get("alg"), members.get("kid"), members.get("typ")
     if not isinstance(alg, str):
         raise InvalidToken("alg_not_allowed", step=2, reason="missing" if alg is None else "not a string")
@@ -197,11 +193,14 @@ def parse(token: str) -> Parsed:
         raise InvalidToken("token_malformed", step=1, reason="not ASCII") from None
     signing_input, _, signature = raw.rpartition(b".")
     header, dot, payload = signing_input.partition(b".")
-    if not dot or not header or not payload or b"." in payload:
+    if not dot or not header or not payload or _DOT in payload:
         raise InvalidToken("token_malformed", step=1)
     return Parsed(header, decode_segment(payload, "payload"), signing_input, decode_segment(signature, "signature"))
 
 
 def read_payload(payload: bytes) -> dict[str, Any]:
     """The claims as one JSON object; raises :class:`InvalidToken` (``token_json_invalid``)."""
-    return _read_object(payload, "payload")
+    try:
+        return strict_json_object(payload)
+    except ValueError:
+        raise InvalidToken("token_json_invalid", step=1, reason="payload") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -21,7 +21,9 @@ from tests.verifier.support import (
     refusal,
     token_of,
 )
-from verifier import Claims, Verifier
+from verifier import Claims, InvalidToken, Verifier
+from verifier.claims import Facts, _check_exactly, check_claims
+from verifier.decision import Rules
 from verifier.testing import ManualClock, SigningKey
 
 
@@ -241,3 +243,28 @@ def test_staleness_is_computed_when_it_is_read(key: SigningKey) -> None:
 def test_claims_can_be_copied_and_compared(verifier: Verifier, key: SigningKey) -> None:
     claims = verifier.verify(token_of(key))
     assert copy.copy(claims) == claims == dict(claims)
+
+
+def test_the_quick_way_and_the_exact_way_agree() -> None:
+    """Whatever the conversion of a usual token accepts, the exact checks accept with the same result."""
+    rules = Rules(issuer=ISSUER, audiences=frozenset({AUDIENCE}))
+    values: list[Any] = [None, "x", "", "é" * 65, "y" * 300, 5, 1.5, True, [], ["x"], {}]
+    names = ["jti", "sid", "sub", "client_id", "after", "nbf", "iss", "aud"]
+    odd = [{**members(), name: value} for name in names for value in values]
+    odd += [
+        {**members(), name: NOW + by} for name in ("iat", "exp", "nbf") for by in (-90_000, -31, 0, 0.5, 31, 90_000)
+    ]
+    odd += [{name: value for name, value in members().items() if name != left_out} for left_out in members()]
+    accepted = 0
+    for claims in (members(), *odd):
+        outcomes = [_outcome(check, claims, rules) for check in (check_claims, _check_exactly)]
+        assert outcomes[0] == outcomes[1], claims
+        accepted += isinstance(outcomes[0], Facts)
+    assert accepted > 20
+
+
+def _outcome(check: Callable[..., Facts], claims: dict[str, Any], rules: Rules) -> Any:
+    try:
+        return check(claims, rules, NOW)
+    except InvalidToken as error:
+        return error.code, error.claim, error.reason, error.expected, error.actual
