@@ -56,8 +56,9 @@ def create_app(verifier: Verifier) -> FastAPI:
         return {"ready": status.ready, "problem": status.problem}
 
     @app.get("/status")
-    async def status() -> dict[str, Any]:
-        return msgspec.structs.asdict(verifier.status())
+    async def show_status() -> dict[str, Any]:
+        status: dict[str, Any] = msgspec.to_builtins(verifier.status())
+        return status
 
     return app
 
