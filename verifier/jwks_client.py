@@ -1,40 +1,27 @@
-"""The shell around :mod:`verifier.keys`: one daemon thread that fetches JWK sets over HTTP.
+"""The shell around :mod:`verifier.keys`: one daemon thread that fetches JWK sets (:mod:`verifier.jwks_sources`).
 
 Nothing is locked while a request runs: verifications read ``view``, and those that meet an unknown ``kid`` may wait for
-the pass in flight or about to start, a bounded time and a bounded number of them. Redirects are refused, bodies are
-capped, proxy variables are ignored.
+the pass in flight or about to start, a bounded time and a bounded number of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Final
 
 from .jwk import JwksError, KeySet
-from .keys import Fetched, JwksCache, KeysView
-from .limits import HTTP_TIMEOUT_S, JWKS_BYTES_MAX, UNKNOWN_KID_WAITERS_MAX
-from .log import FormatError, Generation
-
-if TYPE_CHECKING:
-    import httpx
+from .jwks_sources import Source, open_sources
+from .keys import JwksCache, KeysView
+from .limits import HTTP_TIMEOUT_S, UNKNOWN_KID_WAITERS_MAX
 
 __all__ = ["JwksClient"]
 
 _log: Final = logging.getLogger("verifier.jwks")
-_HEADERS: Final = {
-    "Accept": "application/jwk-set+json, application/json",
-    "Accept-Encoding": "identity",  # a set is small, and a compressed one may be large
-    "User-Agent": "multiregion-jwks-verifier",
-}
-_MAX_AGE: Final = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,9})(?:[,\s]|$)", re.IGNORECASE)
 
 
 class JwksClient:
@@ -112,16 +99,11 @@ class JwksClient:
     # -- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self, life: object) -> None:
-        import httpx
-
-        one_shot = httpx.Limits(max_keepalive_connections=0)  # fetches are minutes apart
-        transport = httpx.HTTPTransport(local_address=self._source_address, retries=0, limits=one_shot)
-        with httpx.Client(
-            transport=transport, timeout=HTTP_TIMEOUT_S, follow_redirects=False, trust_env=False, headers=_HEADERS
-        ) as client:
+        with contextlib.ExitStack() as stack:
+            sources = open_sources(stack, self._urls, source_address=self._source_address, timeout_s=HTTP_TIMEOUT_S)
             while (wanted := self._await_turn(life)) is not None:
                 try:
-                    self._pass(client, life, wanted=wanted)
+                    self._pass(sources, life, wanted=wanted)
                 except Exception:  # noqa: BLE001 - a mistake of ours must not end the thread in silence
                     _log.exception("fetching keys failed")
                     self.counters["failures"] += 1
@@ -150,7 +132,7 @@ class JwksClient:
         due_s = max(self._cache.wake_after_s(mono), self._cache.ready_after_s(mono, wanted=False))
         return min(due_s, self._cache.ready_after_s(mono, wanted=True)) if self._wanted else due_s
 
-    def _pass(self, client: httpx.Client, life: object, *, wanted: bool) -> None:
+    def _pass(self, sources: Sequence[Source], life: object, *, wanted: bool) -> None:
         """Try each source that may be asked, until one gives a good set."""
         tried: set[int] = set()
         while (index := self._cache.next_source(time.monotonic(), tried, wanted=wanted)) is not None:
@@ -158,7 +140,7 @@ class JwksClient:
             started_at, started_mono = time.time(), time.monotonic()
             self._cache.attempted(index, started_mono, wanted=wanted)
             self.counters["fetches"] += 1
-            problem = self._try(client, life, index, started_at, started_mono)
+            problem = self._try(sources[index], life, index, started_at, started_mono)
             if problem is None or self._life is not life:
                 return
             self.counters["fetch_errors"] += 1
@@ -166,96 +148,15 @@ class JwksClient:
             _log.warning("no keys from source %d: %s", index, problem)
         self._cache.failed(time.monotonic())
 
-    def _try(
-        self, client: httpx.Client, life: object, index: int, started_at: float, started_mono: float
-    ) -> str | None:
+    def _try(self, source: Source, life: object, index: int, started_at: float, started_mono: float) -> str | None:
         """One attempt; None if it brought a good set, else a short, stable name of what went wrong."""
-        import httpx
-
         try:
-            reply = self._get(client, self._urls[index], self._cache.etag(index), started_mono + HTTP_TIMEOUT_S)
+            reply = source.get(self._cache.etag(index), HTTP_TIMEOUT_S)
             if self._life is not life:
                 return "too_late"
             self._cache.succeeded(index, reply, started_at=started_at, started_mono=started_mono)
-        except httpx.TimeoutException:
-            return "timeout"
-        except httpx.HTTPError:
-            return "unreachable"
         except JwksError as error:
             return error.reason.replace(" ", "_")
         if self._on_change is not None:
             self._on_change(self._cache.view)
         return None
-
-    def _get(self, client: httpx.Client, url: str, etag: str | None, deadline_mono: float) -> Fetched:
-        """One request, capped in bytes and in time as a whole; raises ``httpx.HTTPError`` and :class:`JwksError`."""
-        headers = {"If-None-Match": etag} if etag is not None else {}
-        with (
-            _Deadline(deadline_mono - time.monotonic()) as deadline,
-            client.stream("GET", url, headers=headers, extensions={"trace": deadline.trace}) as response,
-        ):
-            if response.status_code not in (200, 304):
-                raise JwksError(f"status_{response.status_code}")
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise JwksError("content_encoding")
-            body = bytearray()
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) > JWKS_BYTES_MAX:
-                    raise JwksError("too_large")
-        sent_etag = response.headers.get("ETag", "")
-        return Fetched(
-            body=bytes(body) if response.status_code == 200 else None,
-            etag=sent_etag if sent_etag.isascii() and sent_etag.isprintable() and sent_etag else None,
-            max_age_s=_max_age_s(response.headers.get("Cache-Control", "")),
-            generation=_generation(response.headers.get("Trust-Generation")),
-        )
-
-
-class _Deadline:
-    """Ends one exchange when its time is over, however steadily the server drips: httpx bounds each read alone."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._socket: socket.socket | None = None
-        self._over = False
-        self._timer = threading.Timer(max(0.0, timeout_s), self._expire)
-        self._timer.daemon = True
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Called by httpcore for each step."""
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-        if self._over:
-            self._expire()
-
-    def _expire(self) -> None:
-        self._over = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if self._over and error is not None:
-            raise JwksError("too_slow") from None
-
-
-def _max_age_s(cache_control: str) -> float | None:
-    """``max-age`` of a Cache-Control header (RFC 9111 section 5.2.2.1), or None."""
-    match = _MAX_AGE.search(cache_control)
-    return float(match[1]) if match else None
-
-
-def _generation(header: str | None) -> Generation | None:
-    if header is None:
-        return None
-    try:
-        return Generation.parse(header)
-    except FormatError:
-        raise JwksError("generation_malformed") from None

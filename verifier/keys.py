@@ -28,6 +28,7 @@ from .log import Generation
 
 __all__ = ["Fetched", "JwksCache", "KeysView"]
 
+JWKS_MAX_AGE_FLOOR_S = 1.0
 ATTEMPTS_PER_COOLDOWN = 2
 UNKNOWN_KID_SPACING = 1 / ATTEMPTS_PER_COOLDOWN
 """The share of the cooldown between two attempts that unknown ``kid`` s asked for: the budget, spread evenly."""
@@ -128,7 +129,11 @@ class JwksCache:
         elif keys is None or self._sources[index].etag is None:
             raise JwksError("not_modified_without_document")
         max_age_s = JWKS_MAX_AGE_DEFAULT_S if reply.max_age_s is None else reply.max_age_s
-        ahead_s = min(max(max_age_s, 1.0), JWKS_MAX_AGE_CEILING_S) * REFRESH_AT_SHARE * self._rng.uniform(0.9, 1.0)
+        ahead_s = (
+            min(max(max_age_s, JWKS_MAX_AGE_FLOOR_S), JWKS_MAX_AGE_CEILING_S)
+            * REFRESH_AT_SHARE
+            * self._rng.uniform(0.9, 1.0)
+        )
         self._refresh_mono = started_mono + ahead_s
         self.view = KeysView(keys, reply.generation or held.generation, started_mono, started_at)
         return changed

@@ -521,7 +521,7 @@ def test_proxy_variables_are_ignored(
     ],
 )
 def test_max_age_is_read_from_the_header(header: str, max_age_s: float | None) -> None:
-    from verifier.jwks_client import _max_age_s
+    from verifier.jwks_sources import _max_age_s
 
     assert _max_age_s(header) == max_age_s
 
