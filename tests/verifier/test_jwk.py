@@ -50,7 +50,7 @@ SHORT_POINT = {  # its x begins with a zero octet, which belongs to it
 
 
 def real_roca_primes() -> tuple[int, int]:
-    """Primes as the flawed generator made them: k * M + 65537^a mod M, where M is the product of the first 126 primes."""
+    """Primes as the flawed generator made them: k * M + 65537^a mod M, M being the product of the first 126 primes."""
     small = [n for n in range(2, 702) if all(n % d for d in range(2, int(n**0.5) + 1))]
     assert len(small) == 126
     m = prod(small)
