@@ -134,6 +134,8 @@ class HttpSource:
             raise JwksError("timeout") from None
         except httpx.HTTPError:
             raise JwksError("unreachable") from None
+        except (httpx.InvalidURL, UnicodeError):  # an address that only httpx finds impossible
+            raise JwksError("url_invalid") from None
 
     def _get(self, headers: dict[str, str], deadline_mono: float) -> Fetched:
         with (

@@ -14,7 +14,7 @@ import pytest
 
 from tests.verifier.http_server import JwksServer, drip, raw_server
 from tests.verifier.support import AUDIENCE, ISSUER, live_token, members, until
-from verifier import InvalidToken, Undecidable, Verifier
+from verifier import ConfigurationError, InvalidToken, Undecidable, Verifier
 from verifier.jwks_client import JwksClient
 from verifier.limits import JWKS_BYTES_MAX, JWKS_COOLDOWN_S, UNKNOWN_KID_WAITERS_MAX
 from verifier.testing import SigningKey, StaticKeys, b64url
@@ -319,3 +319,16 @@ def test_servers_that_take_turns_at_failing_give_keys_in_the_end(
     finally:
         stop.set()
         flapping.join()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1\n/", "https://a\tb/", "https://\ud800/", "https://xn--\u00e9/", "https:// /"]
+)
+def test_an_impossible_address_is_refused_or_a_failed_attempt_and_never_a_mistake(url: str) -> None:
+    try:
+        verifier = verifier_of(url)
+    except ConfigurationError:
+        return
+    with verifier:
+        until(lambda: verifier.status().counters.get("fetch_errors"), "a failed attempt")
+        assert "failures" not in verifier.status().counters
