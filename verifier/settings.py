@@ -119,11 +119,12 @@ def check_source_address(address: str | None) -> str | None:
 
 def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tuple[str, ...]:
     """Check the list of sources; raises :class:`ConfigurationError`."""
-    if isinstance(urls, str):
+    given: Any = () if urls is None else urls
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
         raise invalid("jwks_urls", "expected a list of URLs, the own region's first")
-    if any(str(url)[:5].lower() == "file:" for url in urls or ()):
-        return (_check_file_url(urls or ()),)
-    return check_http_urls("jwks_urls", urls or (), allow_insecure_http)
+    if any(url[:5].lower() == "file:" for url in given):
+        return (_check_file_url(given),)
+    return check_http_urls("jwks_urls", given, allow_insecure_http)
 
 
 def _check_file_url(urls: Sequence[str]) -> str:

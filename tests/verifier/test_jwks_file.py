@@ -224,3 +224,10 @@ def test_a_file_stands_alone_and_is_named_absolutely(urls: list[str]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         Verifier(issuer=ISSUER, audience=AUDIENCE, redis_url=None, jwks_urls=urls)
     assert (caught.value.code, caught.value.setting) == ("setting_invalid", "jwks_urls")
+
+
+@pytest.mark.parametrize("urls", [5, True, [5], [None], b"https://id.test/", {"https://id.test/": 1}, "file:///a.json"])
+def test_urls_of_any_other_kind_are_a_configuration_error(urls: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Verifier(issuer=ISSUER, audience=AUDIENCE, redis_url=None, jwks_urls=urls)
+    assert (caught.value.code, caught.value.setting) == ("setting_invalid", "jwks_urls")
