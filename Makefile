@@ -120,6 +120,22 @@ test-readme: install ## the README's hands-on commands, as they stand (needs bas
 	@command -v curl >/dev/null || { echo "make test-readme needs curl: install it" >&2; exit 1; }
 	@$(PY) -m pytest tests/docs -m system $(ARGS)
 
+# atheris has wheels for Linux alone, so it has a lock of its own, and a place of its own beside .venv.
+FUZZ := tests/fuzz/requirements.lock
+FUZZ_MADE := $(CACHE)/atheris/.installed-$(shell cat $(FUZZ) 2>/dev/null | cksum | cut -d ' ' -f 1)
+FUZZ_TIME := 60
+
+.PHONY: fuzz
+fuzz: install $(FUZZ_MADE) ## the parsers under atheris, FUZZ_TIME=60 seconds each (Linux); ARGS="-runs=100000" and the like
+	@for name in json jwks token; do echo "fuzzing $$name"; \
+		PYTHONPATH=$(CACHE)/atheris $(PY) -m tests.fuzz.run $$name -max_total_time=$(FUZZ_TIME) -print_final_stats=1 $(ARGS) || exit 1; done
+
+$(FUZZ_MADE): $(FUZZ) | $(INSTALLED)
+	@rm -rf $(CACHE)/atheris
+	@$(PIP) install $(PIP_FROM) --require-hashes --only-binary :all: --target $(CACHE)/atheris --requirement $(FUZZ) || { \
+		echo "atheris has wheels for Linux on x86-64 and arm64, CPython 3.11 to 3.13; the corpus itself is replayed by 'make test'" >&2; exit 1; }
+	@touch $@
+
 FAKETIME = command -v faketime >/dev/null || { echo "make $@ needs libfaketime: Debian and Ubuntu, apt-get install faketime" >&2; exit 1; }
 
 .PHONY: test-clocks
@@ -196,7 +212,9 @@ lock: .venv/.made ## resolve pyproject.toml into requirements.lock (UPGRADE=1: t
 	@.venv/bin/uv pip compile pyproject.toml --quiet --universal --python $(PY) --python-version 3.11 --no-python-downloads \
 		--all-extras --generate-hashes --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) \
 		--output-file requirements.lock
-	@! grep -nE '://|^-|@ ' requirements.lock || { echo "requirements.lock names a place: see above" >&2; exit 1; }
+	@.venv/bin/uv pip compile tests/fuzz/requirements.in --quiet --universal --python $(PY) --python-version 3.11 \
+		--no-python-downloads --generate-hashes --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --output-file $(FUZZ)
+	@! grep -nE '://|^-|@ ' requirements.lock $(FUZZ) || { echo "requirements.lock names a place: see above" >&2; exit 1; }
 
 .PHONY: wheelhouse
 wheelhouse: install ## download every locked wheel for this Python and platform into ./wheelhouse

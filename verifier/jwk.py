@@ -60,8 +60,9 @@ class _KeyRefused(ValueError):
 
 def thumbprint(jwk: Mapping[str, Any]) -> str:
     """The RFC 7638 SHA-256 thumbprint, base64url without padding; raises :class:`JwksError`."""
-    required = _REQUIRED.get(str(jwk.get("kty")))
-    if required is None or not all(isinstance(jwk.get(name), str) for name in required):
+    kty = jwk.get("kty")
+    required = _REQUIRED.get(kty) if isinstance(kty, str) else None
+    if required is None or not all(isinstance(jwk.get(name), str) and jwk[name].isascii() for name in required):
         raise JwksError("not a public RSA or EC key")
     canonical = msgspec.json.encode({name: jwk[name] for name in required})
     return urlsafe_b64encode(hashlib.sha256(canonical).digest()).rstrip(b"=").decode()
@@ -126,14 +127,29 @@ def _is_der_key(raw: bytes) -> bool:
     return length == len(raw) - 2 - size and raw[2 + size : 3 + size] in (b"\x30", b"\x02")
 
 
-def _uint(jwk: Mapping[str, Any], name: str) -> int:
+def _octets(jwk: Mapping[str, Any], name: str) -> bytes:
     value = jwk.get(name)
     if not isinstance(value, str):
         raise _KeyRefused(f"{name} is missing")
     try:
-        raw = decode_segment(value.encode("ascii"), name)
+        return decode_segment(value.encode("ascii"), name)
     except (InvalidToken, UnicodeEncodeError):
         raise _KeyRefused(f"{name} is not base64url") from None
+
+
+def _uint(jwk: Mapping[str, Any], name: str) -> int:
+    """A Base64urlUInt (RFC 7518 section 2), whose octets must be as few as possible."""
+    raw = _octets(jwk, name)
+    if raw[:1] == b"\0" and len(raw) > 1:
+        raise _KeyRefused(f"{name} has leading zeros")
+    return int.from_bytes(raw, "big")
+
+
+def _coordinate(jwk: Mapping[str, Any], name: str) -> int:
+    """Of P-256: exactly 32 octets, leading zeros included (RFC 7518 section 6.2.1.2)."""
+    raw = _octets(jwk, name)
+    if len(raw) != 32:
+        raise _KeyRefused(f"{name} has not 32 octets")
     return int.from_bytes(raw, "big")
 
 
@@ -170,10 +186,9 @@ def _in_subgroup(residue: int, prime: int) -> bool:
 def _ec_verify(jwk: Mapping[str, Any], alg: str) -> _Verify:
     if jwk.get("crv") != "P-256":
         raise _KeyRefused(f"{alg} needs crv P-256")
+    x, y = _coordinate(jwk, "x"), _coordinate(jwk, "y")
     try:
-        public_key = ec.EllipticCurvePublicNumbers(_uint(jwk, "x"), _uint(jwk, "y"), ec.SECP256R1()).public_key()
-    except _KeyRefused:
-        raise
+        public_key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
     except ValueError:
         raise _KeyRefused("the point is not on the curve") from None
     algorithm = ec.ECDSA(hashes.SHA256())
@@ -187,6 +202,23 @@ def _ec_verify(jwk: Mapping[str, Any], alg: str) -> _Verify:
     return verify
 
 
+def _is_short_text(kid: Any) -> bool:
+    try:
+        return isinstance(kid, str) and 0 < len(kid.encode()) <= KID_BYTES_MAX
+    except UnicodeEncodeError:  # a lone surrogate, which no token's header can name
+        return False
+
+
+def _check_key_ops(key_ops: Any) -> None:
+    """RFC 7517 section 4.3: strings, none twice; a key that may not verify is not for us."""
+    if not isinstance(key_ops, list) or not all(isinstance(each, str) for each in key_ops):
+        raise _KeyRefused("key_ops is not a list of strings")
+    if "verify" not in key_ops:
+        raise _KeyRefused("key_ops lacks verify")
+    if len(set(key_ops)) != len(key_ops):
+        raise _KeyRefused("key_ops names one twice")
+
+
 def _public_key(jwk: Any) -> PublicKey:
     if not isinstance(jwk, dict):
         raise _KeyRefused("not an object")
@@ -197,14 +229,12 @@ def _public_key(jwk: Any) -> PublicKey:
         raise _KeyRefused("holds private members")
     if jwk.get("use", "sig") != "sig":
         raise _KeyRefused("use is not sig")
-    key_ops = jwk.get("key_ops", ["verify"])
-    if not isinstance(key_ops, list) or "verify" not in key_ops:
-        raise _KeyRefused("key_ops lacks verify")
+    _check_key_ops(jwk.get("key_ops", ["verify"]))
     alg = jwk.get("alg", "RS256" if kty == "RSA" else "ES256")
     if not isinstance(alg, str) or KEY_TYPES.get(alg) != kty:
         raise _KeyRefused("alg does not fit kty")
     kid = jwk.get("kid")
-    if kid is not None and (not isinstance(kid, str) or not 0 < len(kid.encode("utf-8", "replace")) <= KID_BYTES_MAX):
+    if kid is not None and not _is_short_text(kid):
         raise _KeyRefused("kid is not a short string")
     verify = _rsa_verify(jwk, alg) if kty == "RSA" else _ec_verify(jwk, alg)
     return PublicKey(kid, alg, thumbprint(jwk), verify)
@@ -233,6 +263,8 @@ class KeySet:
                 document = strict_json_object(document)
             except ValueError:
                 raise JwksError("the document is not a strict JSON object") from None
+        if not isinstance(document, Mapping):
+            raise JwksError("the document is neither a mapping nor bytes")
         members = document.get("keys")
         if not isinstance(members, list) or not 0 < len(members) <= JWKS_KEYS_MAX:
             raise JwksError(f"keys is not a list of 1 to {JWKS_KEYS_MAX}")

@@ -1,39 +1,27 @@
-"""The shell around :mod:`verifier.keys`: one daemon thread that fetches JWK sets over HTTP.
+"""The shell around :mod:`verifier.keys`: one daemon thread that fetches JWK sets (:mod:`verifier.jwks_sources`).
 
 Nothing is locked while a request runs: verifications read ``view``, and those that meet an unknown ``kid`` may wait for
-the pass in flight, a bounded time. Redirects are refused, bodies are capped, proxy variables are ignored.
+the pass in flight or about to start, a bounded time and a bounded number of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Final
 
 from .jwk import JwksError, KeySet
-from .keys import Fetched, JwksCache, KeysView
-from .limits import HTTP_TIMEOUT_S, JWKS_BYTES_MAX
-from .log import FormatError, Generation
-
-if TYPE_CHECKING:
-    import httpx
+from .jwks_sources import Source, open_sources
+from .keys import JwksCache, KeysView
+from .limits import HTTP_TIMEOUT_S, UNKNOWN_KID_WAITERS_MAX
 
 __all__ = ["JwksClient"]
 
 _log: Final = logging.getLogger("verifier.jwks")
-_HEADERS: Final = {
-    "Accept": "application/jwk-set+json, application/json",
-    "Accept-Encoding": "identity",  # a set is small, and a compressed one may be large
-    "User-Agent": "multiregion-jwks-verifier",
-}
-_MAX_AGE: Final = re.compile(r"(?:^|[,\s])max-age=([0-9]{1,9})(?:[,\s]|$)", re.IGNORECASE)
 
 
 class JwksClient:
@@ -53,7 +41,8 @@ class JwksClient:
         self._on_change = on_change
         self._wake = threading.Condition()
         self._wanted = False
-        self._closing = False
+        self._waiting = 0
+        self._life: object | None = None  # of the thread that is to run; an older one that still hangs ends by itself
         self._started = 0
         self._finished = 0
         self._thread: threading.Thread | None = None
@@ -67,33 +56,40 @@ class JwksClient:
     def start(self) -> None:
         """Start the thread; does nothing if it runs."""
         if self._thread is None or not self._thread.is_alive():
-            self._closing = False
-            self._thread = threading.Thread(target=self._run, name="verifier-jwks", daemon=True)
+            self._life = life = object()
+            self._thread = threading.Thread(target=self._run, args=(life,), name="verifier-jwks", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """Stop the thread; the keys held stay readable."""
         with self._wake:
-            self._closing = True
+            self._life = None
             self._wake.notify_all()
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join(HTTP_TIMEOUT_S + 1)
 
     def refresh(self, timeout_s: float) -> None:
-        """Ask for a newer set and wait for it, at most ``timeout_s``.
+        """Ask for a newer set because of an unknown ``kid``, and wait for it, at most ``timeout_s``.
 
-        Where a cooldown forbids another pass this waits for the one in flight, if there is one.
+        Where a cooldown forbids another pass until later than that, this waits for the one in flight, if there is one;
+        the next one starts by itself when the cooldown ends. At once where already many threads wait.
         """
         with self._wake:
             target, held = self._started, self.view.keys
-            if self._cache.may_fetch(time.monotonic()):
-                self._wanted = True
+            self._wanted = True
+            if self._cache.ready_after_s(time.monotonic(), wanted=True) < timeout_s:
                 target += 1
-                self._wake.notify_all()
-            self._wake.wait_for(
-                lambda: self._finished >= target or self._closing or self.view.keys is not held, timeout_s
-            )
+            self._wake.notify_all()
+            if self._waiting >= UNKNOWN_KID_WAITERS_MAX:
+                return
+            self._waiting += 1
+            try:
+                self._wake.wait_for(
+                    lambda: self._finished >= target or self._life is None or self.view.keys is not held, timeout_s
+                )
+            finally:
+                self._waiting -= 1
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait for a first key set; False if there is none in time."""
@@ -102,141 +98,65 @@ class JwksClient:
 
     # -- the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        import httpx
-
-        one_shot = httpx.Limits(max_keepalive_connections=0)  # fetches are minutes apart
-        transport = httpx.HTTPTransport(local_address=self._source_address, retries=0, limits=one_shot)
-        with httpx.Client(
-            transport=transport, timeout=HTTP_TIMEOUT_S, follow_redirects=False, trust_env=False, headers=_HEADERS
-        ) as client:
-            while self._await_turn():
+    def _run(self, life: object) -> None:
+        with contextlib.ExitStack() as stack:
+            sources = open_sources(stack, self._urls, source_address=self._source_address, timeout_s=HTTP_TIMEOUT_S)
+            while (wanted := self._await_turn(life)) is not None:
                 try:
-                    self._pass(client)
+                    self._pass(sources, life, wanted=wanted)
                 except Exception:  # noqa: BLE001 - a mistake of ours must not end the thread in silence
                     _log.exception("fetching keys failed")
                     self.counters["failures"] += 1
                     self._cache.failed(time.monotonic())
                 finally:
                     with self._wake:
-                        self._finished = self._started
+                        if self._life is life:
+                            self._finished = self._started
                         self._wake.notify_all()
 
-    def _await_turn(self) -> bool:
-        """Wait until a pass is due or wanted; False when closing."""
+    def _await_turn(self, life: object) -> bool | None:
+        """Wait until a pass is due (False) or one is wanted for an unknown ``kid`` (True); None when closing."""
         with self._wake:
-            while not self._closing:
+            while self._life is life:
                 mono = time.monotonic()
-                if (self._wanted or self._cache.is_due(mono)) and self._cache.may_fetch(mono):
+                wanted = self._wanted and self._cache.ready_after_s(mono, wanted=True) == 0
+                if wanted or (self._cache.is_due(mono) and self._cache.ready_after_s(mono, wanted=False) == 0):
                     self._wanted = False
                     self._started += 1
-                    return True
-                pause_s = self._cache.wake_after_s(mono)
-                self._wake.wait(min(max(pause_s, 0.05), 60.0))
-        return False
+                    return wanted
+                self._wake.wait(min(max(self._pause_s(mono), 0.01), 60.0))
+        return None
 
-    def _pass(self, client: httpx.Client) -> None:
+    def _pause_s(self, mono: float) -> float:
+        """Until the next pass that is foreseen."""
+        due_s = max(self._cache.wake_after_s(mono), self._cache.ready_after_s(mono, wanted=False))
+        return min(due_s, self._cache.ready_after_s(mono, wanted=True)) if self._wanted else due_s
+
+    def _pass(self, sources: Sequence[Source], life: object, *, wanted: bool) -> None:
         """Try each source that may be asked, until one gives a good set."""
         tried: set[int] = set()
-        while (index := self._cache.next_source(time.monotonic(), tried)) is not None:
+        while (index := self._cache.next_source(time.monotonic(), tried, wanted=wanted)) is not None:
             tried.add(index)
             started_at, started_mono = time.time(), time.monotonic()
-            self._cache.attempted(index, started_mono)
+            self._cache.attempted(index, started_mono, wanted=wanted)
             self.counters["fetches"] += 1
-            problem = self._try(client, index, started_at, started_mono)
-            if problem is None:
+            problem = self._try(sources[index], life, index, started_at, started_mono)
+            if problem is None or self._life is not life:
                 return
             self.counters["fetch_errors"] += 1
             self.counters[f"fetch_{problem}"] += 1
             _log.warning("no keys from source %d: %s", index, problem)
         self._cache.failed(time.monotonic())
 
-    def _try(self, client: httpx.Client, index: int, started_at: float, started_mono: float) -> str | None:
+    def _try(self, source: Source, life: object, index: int, started_at: float, started_mono: float) -> str | None:
         """One attempt; None if it brought a good set, else a short, stable name of what went wrong."""
-        import httpx
-
         try:
-            reply = self._get(client, self._urls[index], self._cache.etag(index), started_mono + HTTP_TIMEOUT_S)
+            reply = source.get(self._cache.etag(index), HTTP_TIMEOUT_S)
+            if self._life is not life:
+                return "too_late"
             self._cache.succeeded(index, reply, started_at=started_at, started_mono=started_mono)
-        except httpx.TimeoutException:
-            return "timeout"
-        except httpx.HTTPError:
-            return "unreachable"
         except JwksError as error:
             return error.reason.replace(" ", "_")
         if self._on_change is not None:
             self._on_change(self._cache.view)
         return None
-
-    def _get(self, client: httpx.Client, url: str, etag: str | None, deadline_mono: float) -> Fetched:
-        """One request, capped in bytes and in time as a whole; raises ``httpx.HTTPError`` and :class:`JwksError`."""
-        headers = {"If-None-Match": etag} if etag is not None else {}
-        with (
-            _Deadline(deadline_mono - time.monotonic()) as deadline,
-            client.stream("GET", url, headers=headers, extensions={"trace": deadline.trace}) as response,
-        ):
-            if response.status_code not in (200, 304):
-                raise JwksError(f"status_{response.status_code}")
-            if response.headers.get("Content-Encoding", "identity") != "identity":
-                raise JwksError("content_encoding")
-            body = bytearray()
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) > JWKS_BYTES_MAX:
-                    raise JwksError("too_large")
-        sent_etag = response.headers.get("ETag", "")
-        return Fetched(
-            body=bytes(body) if response.status_code == 200 else None,
-            etag=sent_etag if sent_etag.isascii() and sent_etag.isprintable() and sent_etag else None,
-            max_age_s=_max_age_s(response.headers.get("Cache-Control", "")),
-            generation=_generation(response.headers.get("Trust-Generation")),
-        )
-
-
-class _Deadline:
-    """Ends one exchange when its time is over, however steadily the server drips: httpx bounds each read alone."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._socket: socket.socket | None = None
-        self._over = False
-        self._timer = threading.Timer(max(0.0, timeout_s), self._expire)
-        self._timer.daemon = True
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Called by httpcore for each step."""
-        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
-            self._socket = info["return_value"].get_extra_info("socket")
-        if self._over:
-            self._expire()
-
-    def _expire(self) -> None:
-        self._over = True
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def __enter__(self) -> Self:
-        self._timer.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._timer.cancel()
-        if self._over and error is not None:
-            raise JwksError("too_slow") from None
-
-
-def _max_age_s(cache_control: str) -> float | None:
-    """``max-age`` of a Cache-Control header (RFC 9111 section 5.2.2.1), or None."""
-    match = _MAX_AGE.search(cache_control)
-    return float(match[1]) if match else None
-
-
-def _generation(header: str | None) -> Generation | None:
-    if header is None:
-        return None
-    try:
-        return Generation.parse(header)
-    except FormatError:
-        raise JwksError("generation_malformed") from None

@@ -5,9 +5,15 @@ Rules:
 * the own region's source first, the others after it, in one pass;
 * a document is parsed completely before it replaces anything, and a bad one never does;
 * an older generation than the one held is a failed attempt, so a lagging region cannot take a key back;
+* so is a reply to a request that began before the one whose reply is held;
 * refreshed ahead of ``max-age``, with jitter, so that a fleet does not fetch at once;
 * at most two attempts per source and :data:`~verifier.limits.JWKS_COOLDOWN_S`, whatever asks for them and however
   they end: one, and one fast retry.
+
+Whoever forges a new ``kid`` for each token can use that budget up, and nothing tells a forged one from a fresh one
+before a fetch does. So that a fresh key never waits for the whole cooldown, what unknown ``kid`` s ask for is spread
+evenly over it: the first attempt at once, however recent the scheduled one before it; each further one
+:data:`UNKNOWN_KID_SPACING` of the cooldown after the last, and then unasked, because one was asked for meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +28,11 @@ from .log import Generation
 
 __all__ = ["Fetched", "JwksCache", "KeysView"]
 
+JWKS_MAX_AGE_FLOOR_S = 1.0
 ATTEMPTS_PER_COOLDOWN = 2
+UNKNOWN_KID_SPACING = 1 / ATTEMPTS_PER_COOLDOWN
+"""The share of the cooldown between two attempts that unknown ``kid`` s asked for: the budget, spread evenly."""
+
 REFRESH_AT_SHARE = 0.8
 """The share of ``max-age`` after which a set is refreshed, so that a failed fetch leaves time for others."""
 
@@ -58,10 +68,14 @@ class Fetched:
 class _Source:
     etag: str | None = None
     attempts: deque[float] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_PER_COOLDOWN))
+    wanted_mono: float = float("-inf")
+    """When it was last asked because of an unknown ``kid``."""
 
-    def may_try(self, mono: float) -> bool:
+    def ready_mono(self, *, wanted: bool) -> float:
+        """From when on it may be asked."""
         full = len(self.attempts) == ATTEMPTS_PER_COOLDOWN
-        return not full or mono - self.attempts[0] >= JWKS_COOLDOWN_S
+        ready = self.attempts[0] + JWKS_COOLDOWN_S if full else float("-inf")
+        return max(ready, self.wanted_mono + UNKNOWN_KID_SPACING * JWKS_COOLDOWN_S) if wanted else ready
 
 
 class JwksCache:
@@ -75,30 +89,34 @@ class JwksCache:
         self._rng = rng or random.Random()
         self._refresh_mono = float("-inf")
 
-    def may_fetch(self, mono: float) -> bool:
-        """True if any source may be asked now."""
-        return any(source.may_try(mono) for source in self._sources)
+    def ready_after_s(self, mono: float, *, wanted: bool) -> float:
+        """Seconds until any source may be asked, 0 if one may be now; ``wanted``: because of an unknown ``kid``."""
+        return max(0.0, min(source.ready_mono(wanted=wanted) for source in self._sources) - mono)
 
     def is_due(self, mono: float) -> bool:
         """True if the set wants refreshing, whether or not it may be fetched."""
         return mono >= self._refresh_mono
 
-    def next_source(self, mono: float, tried: set[int]) -> int | None:
+    def next_source(self, mono: float, tried: set[int], *, wanted: bool = False) -> int | None:
         """The next source of this pass that may be asked, or None."""
         candidates = (index for index in range(len(self._sources)) if index not in tried)
-        return next((index for index in candidates if self._sources[index].may_try(mono)), None)
+        return next((index for index in candidates if self._sources[index].ready_mono(wanted=wanted) <= mono), None)
 
     def etag(self, index: int) -> str | None:
         """What to send as If-None-Match to this source."""
         return self._sources[index].etag
 
-    def attempted(self, index: int, mono: float) -> None:
+    def attempted(self, index: int, mono: float, *, wanted: bool = False) -> None:
         """Count an attempt, before it is made."""
         self._sources[index].attempts.append(mono)
+        if wanted:
+            self._sources[index].wanted_mono = mono
 
     def succeeded(self, index: int, reply: Fetched, *, started_at: float, started_mono: float) -> bool:
         """Take a reply; True if the keys changed. Raises :class:`JwksError`, and then holds what it held."""
         held = self.view
+        if held.fetched_mono is not None and started_mono < held.fetched_mono:
+            raise JwksError("reply_older")
         if reply.generation is not None and held.generation is not None and reply.generation < held.generation:
             raise JwksError("generation_older")
         keys, changed = held.keys, False
@@ -111,7 +129,11 @@ class JwksCache:
         elif keys is None or self._sources[index].etag is None:
             raise JwksError("not_modified_without_document")
         max_age_s = JWKS_MAX_AGE_DEFAULT_S if reply.max_age_s is None else reply.max_age_s
-        ahead_s = min(max(max_age_s, 1.0), JWKS_MAX_AGE_CEILING_S) * REFRESH_AT_SHARE * self._rng.uniform(0.9, 1.0)
+        ahead_s = (
+            min(max(max_age_s, JWKS_MAX_AGE_FLOOR_S), JWKS_MAX_AGE_CEILING_S)
+            * REFRESH_AT_SHARE
+            * self._rng.uniform(0.9, 1.0)
+        )
         self._refresh_mono = started_mono + ahead_s
         self.view = KeysView(keys, reply.generation or held.generation, started_mono, started_at)
         return changed

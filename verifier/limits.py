@@ -97,8 +97,15 @@ JWKS_MAX_AGE_DEFAULT_S: Final = 300.0
 
 JWKS_MAX_AGE_CEILING_S: Final = 86_400.0
 
+JWKS_FILE_MAX_AGE_S: Final = 5.0
+"""A file is looked at a little more often than this: looking costs microseconds, and nobody else is asked."""
+
 UNKNOWN_KID_WAIT_S: Final = 0.5
 """How long one ``verify`` waits for the fetch that its unknown ``kid`` started, before it answers ``keys_behind``."""
+
+UNKNOWN_KID_WAITERS_MAX: Final = 20
+"""How many threads may wait so at once, others are answered at once: half of what a web framework's pool usually has
+(40 in AnyIO), so that forged ``kid`` s cannot hold all of them."""
 
 PUBLICATION_LAG_S: Final = 5.0
 """How long a key that signs may be missing from another region's JWKS: replication lag and poll."""

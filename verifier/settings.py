@@ -119,9 +119,25 @@ def check_source_address(address: str | None) -> str | None:
 
 def check_jwks_urls(urls: Sequence[str] | None, allow_insecure_http: bool) -> tuple[str, ...]:
     """Check the list of sources; raises :class:`ConfigurationError`."""
-    if isinstance(urls, str):
+    given: Any = () if urls is None else urls
+    if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
         raise invalid("jwks_urls", "expected a list of URLs, the own region's first")
-    return check_http_urls("jwks_urls", urls or (), allow_insecure_http)
+    if any(url[:5].lower() == "file:" for url in given):
+        return (_check_file_url(given),)
+    return check_http_urls("jwks_urls", given, allow_insecure_http)
+
+
+def _check_file_url(urls: Sequence[str]) -> str:
+    """A file alone: beside other sources an old copy of it could bring a removed key back when they fail."""
+    if len(urls) != 1:
+        raise invalid("jwks_urls", "a file:// URL stands alone; for keys to start from, give a document as jwks")
+    try:
+        parts = urlsplit(urls[0])
+    except ValueError:
+        raise invalid("jwks_urls", "one is not a URL") from None
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
+        raise invalid("jwks_urls", "expected file:///absolute/path.json")
+    return urls[0]
 
 
 _OVER_HTTP: Final = {

@@ -58,7 +58,17 @@ def refused_or_verified(verifier: Verifier, token: Any) -> Claims | None:
     return None
 
 
-@given(st.one_of(st.text(), st.binary(), values, st.tuples(st.integers()), st.builds(object)))
+class Odd(str):
+    """A string whose every comparison and hash is a mistake."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+    def __hash__(self) -> int:
+        raise RuntimeError
+
+
+@given(st.one_of(st.text(), st.binary(), values, st.tuples(st.integers()), st.builds(object), st.builds(Odd)))
 @example("\ud800")
 @example(float("nan"))
 @example("a." * 5000)

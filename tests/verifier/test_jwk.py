@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import padding
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from tests.verifier import vectors
 from tests.verifier.support import NOW, code_of, make_verifier, members, raw_token, token_of
 from verifier import ConfigurationError
 from verifier.jwk import JwksError, KeySet, PublicKey, thumbprint
+from verifier.jws import verify_compact
 from verifier.limits import JWKS_BYTES_MAX, JWKS_KEYS_MAX, KID_BYTES_MAX, RSA_BITS_MAX
 from verifier.testing import ManualClock, SigningKey, b64url
+from verifier.token import decode_segment
 
 
 def uint(number: int) -> str:
@@ -36,6 +39,24 @@ def roca_modulus() -> int:
     residue = pow(65537, 12345, product)
     n = ODD_2048 - ODD_2048 % product + product + residue
     return n if n % 2 else n + product
+
+
+SHORT_POINT = {  # its x begins with a zero octet, which belongs to it
+    "kty": "EC",
+    "crv": "P-256",
+    "x": "AFVDiUrz0A7X10Cr29dclrBod7eH219w7qeLkKjXwAo",
+    "y": "u0yFo9jqKe-q-iRAaRLdhNWxTcMr9lbvbGvVil2UP5I",
+}
+
+
+def real_roca_primes() -> tuple[int, int]:
+    """Primes as the flawed generator made them: k * M + 65537^a mod M, M being the product of the first 126 primes."""
+    small = [n for n in range(2, 702) if all(n % d for d in range(2, int(n**0.5) + 1))]
+    assert len(small) == 126
+    m = prod(small)
+    found = ((646033957832983175, 6927203892759609), (27537119037529581, 8238135436210820))
+    p, q = (k * m + pow(65537, a, m) for a, k in found)
+    return p, q
 
 
 BAD_KEYS: dict[str, Any] = {
@@ -81,6 +102,15 @@ BAD_KEYS: dict[str, Any] = {
     "n too long": rsa_jwk((1 << RSA_BITS_MAX) | 1),
     "n even": rsa_jwk(1 << 2047),
     "n of the ROCA shape": rsa_jwk(roca_modulus()),
+    "n of a real key of the ROCA shape": rsa_jwk(prod(real_roca_primes())),
+    "n with a leading zero": {**vectors.A2_KEY, "n": b64url(b"\0" + decode_segment(vectors.A2_KEY["n"].encode(), "n"))},
+    "n huge": {**vectors.A2_KEY, "n": b64url(b"\xff" * 150_000)},
+    "n with zeros for ever": {**vectors.A2_KEY, "n": b64url(bytes(150_000) + b"\x01")},
+    "n is 0": {**vectors.A2_KEY, "n": "AA"},
+    "n with unused bits": {**vectors.A2_KEY, "n": vectors.A2_KEY["n"][:-1] + "R"},
+    "n in the standard alphabet": {**vectors.A2_KEY, "n": vectors.A2_KEY["n"].replace("-", "+")},
+    "e with leading zeros": {**vectors.A2_KEY, "e": b64url(b"\0\x01\0\x01")},
+    "e huge": {**vectors.A2_KEY, "e": b64url(b"\xff" * 1_000)},
     "e is 0": {**vectors.A2_KEY, "e": "AA"},
     "e is 1": {**vectors.A2_KEY, "e": "AQ"},
     "e is 2": {**vectors.A2_KEY, "e": "Ag"},
@@ -90,8 +120,19 @@ BAD_KEYS: dict[str, Any] = {
     "crv missing": {"kty": "EC", "x": vectors.A3_KEY["x"], "y": vectors.A3_KEY["y"]},
     "crv a list": {**vectors.A3_KEY, "crv": []},
     "point off the curve": {**vectors.A3_KEY, "y": vectors.A3_KEY["x"]},
-    "point at zero": {**vectors.A3_KEY, "x": "AA", "y": "AA"},
-    "point too large": {**vectors.A3_KEY, "x": b64url(b"\xff" * 33)},
+    "point at zero": {**vectors.A3_KEY, "x": b64url(bytes(32)), "y": b64url(bytes(32))},
+    "point past the field": {**vectors.A3_KEY, "x": b64url(b"\xff" * 32)},
+    "x of 31 octets": {**SHORT_POINT, "x": b64url(decode_segment(SHORT_POINT["x"].encode(), "x")[1:])},
+    "x of 33 octets": {**vectors.A3_KEY, "x": b64url(b"\0" + decode_segment(vectors.A3_KEY["x"].encode(), "x"))},
+    "y of 33 octets": {**vectors.A3_KEY, "y": b64url(b"\0" + decode_segment(vectors.A3_KEY["y"].encode(), "y"))},
+    "x huge": {**vectors.A3_KEY, "x": b64url(b"\xff" * 100_000)},
+    "x empty": {**vectors.A3_KEY, "x": ""},
+    "y missing": {"kty": "EC", "crv": "P-256", "x": vectors.A3_KEY["x"]},
+    "key_ops twice": {**vectors.A2_KEY, "key_ops": ["verify", "verify"]},
+    "key_ops of numbers too": {**vectors.A2_KEY, "key_ops": ["verify", 1]},
+    "for encryption, by key_ops": {**vectors.A2_KEY, "key_ops": ["encrypt", "wrapKey"]},
+    "alg of another curve": {**vectors.A3_KEY, "alg": "ES384"},
+    "alg not taken": {**vectors.A2_KEY, "alg": "PS384"},
 }
 
 
@@ -126,6 +167,7 @@ def test_what_is_said_of_a_bad_key_holds_nothing_secret() -> None:
 GOOD_KEYS: dict[str, dict[str, Any]] = {
     "bare": vectors.A2_KEY,
     "EC": vectors.A3_KEY,
+    "EC with a leading zero in x": SHORT_POINT,
     "e is 3": {**vectors.A2_KEY, "e": "Aw"},
     "2048 bits": rsa_jwk(ODD_2048 + 2),
     "8192 bits": rsa_jwk((1 << (RSA_BITS_MAX - 1)) | 3),
@@ -146,7 +188,10 @@ def test_a_key_just_inside_the_rules_is_taken(good: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "document",
     [b"", b"[]", b"{}", b"null", b'{"keys": null}', b'{"keys": {}}', b'{"keys": []}', b'{"keys": [], "keys": []}',
-     b'{"keys": [1]}', b"<html></html>", b'\xef\xbb\xbf{"keys": []}', b"{" * 1000, {}, {"keys": None}, {"keys": ()}],
+     b'{"keys": [1]}', b"<html></html>", b'\xef\xbb\xbf{"keys": []}', b"{" * 1000, {}, {"keys": None}, {"keys": ()},
+     b'{"keys":' + b"[" * 100_000, b'{"keys": [' + b'{"x5c":[' * 1_000,
+     b'{"keys": [' + b'{"kty":"RSA","x":1},' * 9_000 + b"0]}",
+     None, 1, "", '{"keys": []}', [], [{"kty": "RSA"}], object()],
 )  # fmt: skip
 def test_a_document_that_is_no_set_with_a_usable_key_is_refused(document: Any) -> None:
     with pytest.raises(JwksError):
@@ -232,4 +277,57 @@ def test_other_rsa_algorithms_work_only_by_name(key: SigningKey, alg: str) -> No
     token = f"{signing_input}.{b64url(key.private.sign(signing_input.encode(), pad, digest))}"
     jwks = {"keys": [{**key.jwk, "alg": alg, "kid": "k"}]}
     assert make_verifier(jwks=jwks, algorithms=[alg], clock=ManualClock(NOW)).verify(token)
+    assert code_of(make_verifier(jwks=jwks), token) == "alg_not_allowed"
+
+
+def test_a_key_of_the_roca_shape_verifies_nothing_although_its_signature_is_right() -> None:
+    p, q = real_roca_primes()
+    d = pow(65537, -1, (p - 1) * (q - 1))
+    public = rsa.RSAPublicNumbers(65537, p * q)
+    assert all(pow(base, prime - 1, prime) == 1 for prime in (p, q) for base in (2, 3, 5))
+    private = rsa.RSAPrivateNumbers(p, q, d, d % (p - 1), d % (q - 1), pow(q, -1, p), public).private_key()
+    signature = private.sign(b"x", padding.PKCS1v15(), hashes.SHA256())
+    private.public_key().verify(signature, b"x", padding.PKCS1v15(), hashes.SHA256())
+    jwks = {"keys": [rsa_jwk(p * q)]}
+    head, body = b64url(b'{"alg":"RS256","kid":"bad"}'), b64url(b"{}")
+    token = f"{head}.{body}.{b64url(signature)}"
+    with pytest.raises(ConfigurationError, match="no usable key"):
+        verify_compact(token, jwks)
+    assert [why for _, why in KeySet.from_document({"keys": [*jwks["keys"], vectors.A2_KEY]}).rejected] == [
+        "RSA modulus is weak"
+    ]
+
+
+@pytest.mark.parametrize("jwks", ["{}", b"{", [], 5, [{"kty": "RSA"}]])
+def test_a_local_set_of_any_other_kind_is_a_configuration_error(jwks: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_verifier(jwks=jwks)
+    assert (caught.value.code, caught.value.setting) == ("jwks_invalid", "jwks")
+
+
+def test_a_kid_that_no_token_can_name_is_left_out() -> None:
+    keys = KeySet.from_document({"keys": [vectors.A3_KEY, {**vectors.A2_KEY, "kid": "\ud800"}]})
+    assert keys.rejected == ((1, "kid is not a short string"),)
+
+
+@pytest.mark.parametrize("jwk", [{"kty": "RSA", "n": "\ud800", "e": "AQAB"}, {"kty": ["RSA"]}, {"kty": {}}])
+def test_a_thumbprint_of_anything_else_is_refused_by_name(jwk: dict[str, Any]) -> None:
+    with pytest.raises(JwksError):
+        thumbprint(jwk)
+
+
+def test_an_unusable_key_under_the_same_kid_does_not_spoil_the_set(key: SigningKey) -> None:
+    for other in ({"use": "enc"}, {"alg": "RSA-OAEP"}, {"key_ops": ["encrypt"]}):
+        keys = KeySet.from_document({"keys": [{**key.jwk, **other}, dict(key.jwk)]})
+        assert (keys.kids, len(keys.rejected)) == ((key.kid,), 1)
+
+
+def test_es256_works_only_by_name() -> None:
+    private = ec.derive_private_key(379, ec.SECP256R1())  # the key of SHORT_POINT
+    head = b64url(b'{"alg":"ES256","kid":"k"}')
+    signing_input = f"{head}.{b64url(json.dumps(members()).encode())}"
+    r, s = decode_dss_signature(private.sign(signing_input.encode(), ec.ECDSA(hashes.SHA256())))
+    token = f"{signing_input}.{b64url(r.to_bytes(32, 'big') + s.to_bytes(32, 'big'))}"
+    jwks = {"keys": [{**SHORT_POINT, "kid": "k"}]}
+    assert make_verifier(jwks=jwks, algorithms=["ES256"]).verify(token)
     assert code_of(make_verifier(jwks=jwks), token) == "alg_not_allowed"

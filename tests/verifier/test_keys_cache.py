@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,6 +24,12 @@ def body(*kids: str) -> bytes:
 def take(cache: JwksCache, reply: Fetched, *, source: int = 0, mono: float = 100.0) -> bool:
     cache.attempted(source, mono)
     return cache.succeeded(source, reply, started_at=NOW, started_mono=mono)
+
+
+def may_fetch(cache: JwksCache, mono: float, *, wanted: bool = False) -> bool:
+    ready = cache.ready_after_s(mono, wanted=wanted) == 0
+    assert ready == (cache.next_source(mono, set(), wanted=wanted) is not None)
+    return ready
 
 
 def kids(cache: JwksCache) -> tuple[str, ...]:
@@ -138,25 +145,65 @@ def test_a_failed_pass_does_not_bring_a_refresh_forward() -> None:
 def test_a_source_is_asked_twice_a_cooldown_however_the_attempts_end() -> None:
     cache = JwksCache(1)
     take(cache, Fetched(body("a")), mono=100)
-    assert cache.may_fetch(100.1)  # one fast retry
+    assert may_fetch(cache, 100.1)  # one fast retry
     refused(cache, Fetched(b"{}"), mono=100.1)
-    assert not cache.may_fetch(100.2)
+    assert not may_fetch(cache, 100.2)
     assert cache.next_source(100.2, set()) is None
-    assert not cache.may_fetch(100 + JWKS_COOLDOWN_S - 0.01)
-    assert cache.may_fetch(100 + JWKS_COOLDOWN_S)
+    assert not may_fetch(cache, 100 + JWKS_COOLDOWN_S - 0.01)
+    assert may_fetch(cache, 100 + JWKS_COOLDOWN_S)
     cache.attempted(0, 100 + JWKS_COOLDOWN_S)
-    assert not cache.may_fetch(100.05 + JWKS_COOLDOWN_S)  # the second attempt still counts
-    assert cache.may_fetch(100.1 + JWKS_COOLDOWN_S)
+    assert not may_fetch(cache, 100.05 + JWKS_COOLDOWN_S)  # the second attempt still counts
+    assert may_fetch(cache, 100.1 + JWKS_COOLDOWN_S)
+
+
+def attack(cache: JwksCache, from_s: float, to_s: float) -> list[float]:
+    """When fetches are made while a hundred forged kids a second ask for them."""
+    fetches = []
+    for mono in (from_s + tick / 100 for tick in range(int((to_s - from_s) * 100))):
+        if may_fetch(cache, mono, wanted=True):
+            cache.attempted(0, mono, wanted=True)
+            fetches.append(mono)
+    return fetches
 
 
 def test_over_a_long_time_forged_kids_cost_two_fetches_a_cooldown() -> None:
+    assert len(attack(JwksCache(1), 0, 600)) <= 2 * 600 / JWKS_COOLDOWN_S + 1
+
+
+def test_what_forged_kids_ask_for_is_spread_so_that_a_fresh_key_waits_for_half_a_cooldown_at_most() -> None:
+    fetches = attack(JwksCache(1), 0, 600)
+    gaps = [after - before for before, after in pairwise(fetches)]
+    assert max(gaps) < JWKS_COOLDOWN_S / 2 + 0.05
+    assert min(gaps) > JWKS_COOLDOWN_S / 2 - 0.05
+
+
+@pytest.mark.parametrize("ago_s", [0.0, 0.1, JWKS_COOLDOWN_S / 2, JWKS_COOLDOWN_S])
+def test_an_unknown_kid_has_its_fetch_at_once_however_recent_the_scheduled_one(ago_s: float) -> None:
     cache = JwksCache(1)
-    fetches = 0
-    for tick in range(60_000):  # ten minutes, a hundred demands a second
-        if cache.may_fetch(tick / 100):
-            cache.attempted(0, tick / 100)
-            fetches += 1
-    assert fetches <= 2 * 600 / JWKS_COOLDOWN_S + 2
+    take(cache, Fetched(body("a")), mono=100)
+    assert may_fetch(cache, 100 + ago_s, wanted=True)
+
+
+def test_forged_kids_do_not_hold_back_a_scheduled_fetch_for_longer_than_a_cooldown() -> None:
+    cache = JwksCache(1)
+    last = attack(cache, 100, 130)[-1]
+    assert may_fetch(cache, last + JWKS_COOLDOWN_S / 2 + 0.01)
+
+
+def test_a_second_source_has_its_own_cooldown() -> None:
+    cache = JwksCache(2)
+    cache.attempted(0, 100, wanted=True)
+    assert cache.next_source(100.1, set(), wanted=True) == 1
+    assert cache.next_source(100.1, {1}, wanted=True) is None
+    assert cache.next_source(100.1, set(), wanted=False) == 0
+
+
+def test_a_reply_to_an_older_request_never_overwrites_a_newer_one() -> None:
+    cache = JwksCache(1)
+    take(cache, Fetched(body("new")), mono=200)
+    assert refused(cache, Fetched(body("old")), mono=199.9) == "reply_older"
+    assert kids(cache) == ("new",)
+    assert take(cache, Fetched(body("same moment")), mono=200)
 
 
 def test_sources_are_asked_in_order_each_once_a_pass() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 JOE = b'{"iss":"joe",\r\n "exp":1300819380,\r\n "http://example.com/is_root":true}'
 _JOE = "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
 
@@ -38,6 +40,18 @@ A3_TOKEN = (
     "DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"
 )
 
+A4_KEY = {
+    "kty": "EC",
+    "crv": "P-521",
+    "x": "AekpBQ8ST8a8VcfVOTNl353vSrDCLLJXmPk06wTjxrrjcBpXp5EOnYG_NjFZ6OvLFV1jSfS9tsz4qUxcWceqwQGk",
+    "y": "ADSmRA43Z1DSNx_RvcLI87cdL07l6jQyyBXMoxVg_l2Th-x3S1WDhjDly79ajL4Kkd0AZMaZmh9ubmf63e3kyMj2",
+}
+A4_TOKEN = (
+    "eyJhbGciOiJFUzUxMiJ9.UGF5bG9hZA."
+    "AdwMgeerwtHoh-l192l60hp9wAHZFVJbLfD_UxMi70cwnZOYaRI1bKPWROc-mZZqwqT2SI-KGDKB34XO0aw_7XdtAG8GaSwFKdCAPZgoXD2YBJZC"
+    "PEX3xKpRwcdOO8KpEHwJjyqOgzDO7iKvU8vcnwNrmxYbSW9ERBXukOXolLzeO_Jn"
+)
+
 A5_TOKEN = f"eyJhbGciOiJub25lIn0.{_JOE}."
 
 FRODO = (
@@ -67,6 +81,30 @@ COOKBOOK_RS256_TOKEN = (
     "kDquDg"
 )
 
+_RS256_SIGNATURE = COOKBOOK_RS256_TOKEN.rpartition(".")[2]
+COOKBOOK_DETACHED_TOKEN = f"{COOKBOOK_RS256_TOKEN.partition('.')[0]}..{_RS256_SIGNATURE}"
+COOKBOOK_PS384_TOKEN = (
+    f"eyJhbGciOiJQUzM4NCIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.{_FRODO}."
+    "cu22eBqkYDKgIlTpzDXGvaFfz6WGoz7fUDcfT0kkOy42miAh2qyBzk1xEsnk2IpN6-tPid6VrklHkqsGqDqHCdP6O8TTB5dDDItllVo6_1OLPpcb"
+    "UrhiUSMxbbXUvdvWXzg-UD8biiReQFlfz28zGWVsdiNAUf8ZnyPEgVFn442ZdNqiVJRmBqrYRXe8P_ijQ7p8Vdz0TTrxUeT3lm8d9shnr2lfJT8I"
+    "mUjvAA2Xez2Mlp8cBE5awDzT0qI0n6uiP1aCN_2_jLAeQTlqRHtfa64QQSUmFAAjVKPbByi7xho0uTOcbH510a6GYmJUAfmWjwZ6oD4ifKo8DYM-"
+    "X72Eaw"
+)
+
+COOKBOOK_EC_KEY = {
+    "kty": "EC",
+    "kid": "bilbo.baggins@hobbiton.example",
+    "use": "sig",
+    "crv": "P-521",
+    "x": "AHKZLLOsCOzz5cY97ewNUajB957y-C-U88c3v13nmGZx6sYl_oJXu9A5RkTKqjqvjyekWF-7ytDyRXYgCF5cj0Kt",
+    "y": "AdymlHvOiLxXkEhayXQnNCvDX4h9htZaCJN34kfmC6pV5OhQHiraVySsUdaQkAgDPrwQrJmbnX9cwlGfP-HqHZR1",
+}
+COOKBOOK_ES512_TOKEN = (
+    f"eyJhbGciOiJFUzUxMiIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.{_FRODO}."
+    "AE_R_YZCChjn4791jSQCrdPZCNYqHXCTZH0-JZGYNlaAjP2kqaluUIIUnC9qvbu9Plon7KRTzoNEuT4Va2cmL1eJAQy3mtPBu_u_sDDyYjnAMDxX"
+    "Pn7XrT0lw-kvAD890jl8e2puQens_IEKBpHABlsbEPX6sFY8OcGDqoRuBomu9xQ2"
+)
+
 COOKBOOK_OCT_KEY = {
     "kty": "oct",
     "kid": "018c0ae5-4d9b-471b-bfd6-eef314bc7037",
@@ -77,6 +115,28 @@ COOKBOOK_OCT_KEY = {
 COOKBOOK_HS256_TOKEN = (
     "eyJhbGciOiJIUzI1NiIsImtpZCI6IjAxOGMwYWU1LTRkOWItNDcxYi1iZmQ2LWVlZjMxNGJjNzAzNyJ9."
     f"{_FRODO}.s0h6KThzkfBBBkLspW1h84VsJZFTsPPqMDA7g1Md7p0"
+)
+
+COOKBOOK_HS256_PROTECTED_TOKEN = f"eyJhbGciOiJIUzI1NiJ9.{_FRODO}.bWUSVaxorn7bEF1djytBd0kHv70Ly5pvbomzMWSOr20"
+COOKBOOK_FLATTENED = json.dumps(
+    {
+        "payload": _FRODO,
+        "protected": "eyJhbGciOiJIUzI1NiJ9",
+        "header": {"kid": COOKBOOK_OCT_KEY["kid"]},
+        "signature": "bWUSVaxorn7bEF1djytBd0kHv70Ly5pvbomzMWSOr20",
+    }
+)
+COOKBOOK_GENERAL = json.dumps(
+    {
+        "payload": _FRODO,
+        "signatures": [
+            {
+                "protected": "eyJhbGciOiJIUzI1NiJ9",
+                "header": {"kid": COOKBOOK_OCT_KEY["kid"]},
+                "signature": "bWUSVaxorn7bEF1djytBd0kHv70Ly5pvbomzMWSOr20",
+            }
+        ],
+    }
 )
 
 THUMBPRINT_KEY = {
