@@ -142,11 +142,10 @@ class Judge:
 
     def remembered(self, token: str) -> Hit | None:
         """A hit that still holds in every respect, or None. This is the warm path: no I/O, no lock, no allocation."""
-        world = self._world
-        try:
-            hit = self._cache.get(token)
-        except TypeError:  # unhashable, so not a string: the parser says so
+        if type(token) is not str:  # what hashes as it likes is none of ours to look up: the parser says so
             return None
+        world = self._world
+        hit = self._cache.get(token)
         if hit is None or hit.world is not world:
             return None
         now = self._wall()

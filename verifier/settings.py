@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -17,6 +17,9 @@ __all__ = ["build_rules", "check_http_urls", "check_jwks_urls", "environment_set
 
 Secret = str | bytes | tuple[str, str | bytes]
 """An HS256 secret, or a pair of its ``kid`` and it."""
+
+SECONDS_MAX: Final = 1e15
+"""More than thirty million years: a longer time is a mistake, and arithmetic with it stays exact enough."""
 
 SECRET_ADVICE: Final = (
     "use at least 32 random bytes; to move, add a longer secret beside this one, let the issuer sign with it, and "
@@ -31,10 +34,10 @@ def invalid(setting: str, expected: str) -> ConfigurationError:
 
 def hmac_keys(secrets: Iterable[Secret]) -> tuple[HmacKey, ...]:
     """Check and wrap HS256 secrets; raises :class:`ConfigurationError`."""
-    if isinstance(secrets, str | bytes):
+    given: Any = secrets
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         raise invalid("hs256_secrets", "expected a list of secrets")
     keys = []
-    given: Any
     for given in secrets:
         kid, secret = given if isinstance(given, tuple) and len(given) == 2 else (None, given)
         if not isinstance(secret, str | bytes) or not isinstance(kid, str | None):
@@ -55,9 +58,18 @@ def hmac_keys(secrets: Iterable[Secret]) -> tuple[HmacKey, ...]:
 
 def seconds(name: str, value: Any) -> float:
     """A setting in seconds; raises :class:`ConfigurationError`."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
-        raise invalid(name, "expected a number of seconds, 0 or more")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= SECONDS_MAX:
+        raise invalid(name, f"expected a number of seconds from 0 to {SECONDS_MAX:.0e}")
     return float(value)
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A text, or a list of texts, as a tuple; empty for anything else."""
+    if isinstance(value, str):
+        return (value,)
+    listed = tuple(value) if isinstance(value, Sequence | Set) and not isinstance(value, bytes | bytearray) else ()
+    return listed if all(isinstance(item, str) for item in listed) else ()
 
 
 def build_rules(
@@ -74,12 +86,12 @@ def build_rules(
     hs256_until: float | None,
 ) -> Rules:
     """Check what concerns tokens; raises :class:`ConfigurationError`."""
-    if issuer is not None and not issuer:
+    if issuer is not None and not (issuer and texts(issuer) == (issuer,)):
         raise invalid("issuer", "expected the iss of your tokens, or None to accept any issuer")
-    audiences = [audience] if isinstance(audience, str) else audience
-    if audiences is not None and (not audiences or not all(audiences)):
+    audiences = None if audience is None else texts(audience)
+    if audiences is not None and not (audiences and all(audiences)):
         raise invalid("audience", "expected this service's aud, a list of them, or None to accept any audience")
-    allowed = frozenset(algorithms)
+    allowed = frozenset(() if isinstance(algorithms, str) else texts(algorithms))
     if not allowed or not allowed <= set(PUBLIC_KEY_ALGORITHMS):
         raise invalid("algorithms", f"expected some of {', '.join(PUBLIC_KEY_ALGORITHMS)}")
     if seconds("leeway_s", leeway_s) < seconds("max_skew_s", max_skew_s) + 1:

@@ -15,7 +15,7 @@ from .feed import FeedMirror
 from .feed_tokens import ClientCredentials, FeedTokens, GivenToken
 from .mirroring import View
 from .replica import ReplicaMirror
-from .settings import check_http_urls, invalid
+from .settings import check_http_urls, invalid, texts
 
 __all__ = ["FeedToken", "RevocationSource", "mirror_maker"]
 
@@ -74,7 +74,9 @@ def mirror_maker(
     if isinstance(redis_url, RevocationSource):
         source = redis_url
         return lambda: source
-    urls = redis_url
+    urls = texts(redis_url)
+    if not urls and redis_url != []:
+        raise invalid("redis_url", "expected a URL, a list of URLs, or None to do without revocations")
     ReplicaMirror(urls, **redis, **settings)  # checks the settings now rather than after a fork
     return lambda: ReplicaMirror(urls, **redis, **settings)
 
@@ -90,7 +92,9 @@ def _feed_maker(
     client_secret: str | None,
     token_url: str | None,
 ) -> Callable[[], RevocationSource]:
-    urls = check_http_urls("feed_url", [feed_url] if isinstance(feed_url, str) else feed_url, allow_insecure_http)
+    if not texts(feed_url) and feed_url != []:
+        raise invalid("feed_url", "expected a URL or a list of URLs")
+    urls = check_http_urls("feed_url", texts(feed_url), allow_insecure_http)
     if not urls:
         raise ConfigurationError("setting_missing", "feed_url: name at least one key service", setting="feed_url")
     if (token is None) == (client_id is None and client_secret is None):

@@ -137,7 +137,7 @@ class Verifier:
         for name, policy in (("on_stale", on_stale), ("on_unsynced", on_unsynced)):
             if policy not in ("allow", "deny"):
                 raise invalid(name, 'expected "allow" or "deny"')
-        if token_cache_size < 0:
+        if type(token_cache_size) is not int or token_cache_size < 0:
             raise invalid("token_cache_size", "expected a number of tokens, 0 to switch the cache off")
         self.region = region
         self._policy = Policy(
