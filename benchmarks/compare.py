@@ -62,7 +62,7 @@ def _own(figures: Iterable[Figure]) -> Mapping[str, Figure]:
 
 def _of_a_peer(name: str) -> bool:
     over, _, under = name.partition(" ÷ ")
-    mine = ("verifier", "same object", "ASGI middleware", "Depends", "order service", "8 threads")
+    mine = ("verifier", "same object", "order service", "8 threads")
     return not over.startswith(mine) and not under.startswith(mine)
 
 

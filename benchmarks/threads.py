@@ -13,14 +13,14 @@ from collections.abc import Callable
 from benchmarks.configuration import benchmarked_verifier, make_tokens
 from benchmarks.form import Result, measured, ratio, take_turns
 from benchmarks.peers import Batch, each
-from benchmarks.timing import ROUNDS, repeats_for
+from benchmarks.timing import QUICK_ROUNDS, ROUNDS, repeats_for
 from verifier.testing import StaticKeys, make_key
 
 __all__ = ["measure"]
 
 THREADS = 8
 TOKENS = 64
-ROUND_S = 0.4
+ROUND_S = 0.1
 
 
 def measure(*, quick: bool = False) -> Result:
@@ -29,7 +29,10 @@ def measure(*, quick: bool = False) -> Result:
         batch = each(verifier.verify, make_tokens(key, TOKENS))
         repeats = max(THREADS, repeats_for(batch, 0.02 if quick else ROUND_S))
         one, many = "1 thread", f"{THREADS} threads"
-        rounds = take_turns({one: _throughput(batch, 1, repeats), many: _throughput(batch, THREADS, repeats)}, ROUNDS)
+        rounds = take_turns(
+            {one: _throughput(batch, 1, repeats), many: _throughput(batch, THREADS, repeats)},
+            QUICK_ROUNDS if quick else ROUNDS,
+        )
     return Result(
         title="Threads: warm verifications a second, all threads together",
         measurements=measured(rounds, "1/s"),

@@ -6,10 +6,11 @@ import gc
 import time
 from collections.abc import Callable
 
-__all__ = ["ROUNDS", "microseconds", "repeats_for"]
+__all__ = ["QUICK_ROUNDS", "ROUNDS", "microseconds", "repeats_for"]
 
-ROUNDS = 9
-"""At least seven, and odd: the median is then one that was measured."""
+QUICK_ROUNDS = 7
+ROUNDS = 31
+"""Many and short, so that two neighbours of a round meet the same machine; odd, so that the median was measured."""
 
 
 def seconds(batch: Callable[[], object], repeats: int) -> float:

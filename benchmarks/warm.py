@@ -16,7 +16,7 @@ from benchmarks.configuration import ISSUER, benchmarked_verifier, make_tokens
 from benchmarks.form import Figure, Result, Rounds, figure, measured, ratio, take_turns
 from benchmarks.node_peers import node_peers
 from benchmarks.peers import RAW, Batch, each, raw_check
-from benchmarks.timing import ROUNDS, microseconds, repeats_for, seconds
+from benchmarks.timing import QUICK_ROUNDS, ROUNDS, microseconds, repeats_for, seconds
 from verifier import Verifier
 from verifier.testing import SigningKey, StaticKeys, StaticRevocations, make_key
 
@@ -25,12 +25,12 @@ __all__ = ["FRESH_STRING", "MIXTURE", "NODE_WARM", "SAME_OBJECT", "measure"]
 SAME_OBJECT, FRESH_STRING = "verifier, same object", "verifier, equal string just decoded"
 MIXTURE = "verifier, 1 % new tokens, 100 revocations/s"
 NODE_WARM = ["fast-jwt, cached", "fast-jwt, cached by token"]
-ROUND_S = 0.15
+ROUND_S = 0.04
 TOKENS = 64
 POPULATION = 1_000
 FRESH_SHARE = 0.01
 REVOCATIONS_PER_S = 100.0
-VERIFICATIONS = 60_000
+VERIFICATIONS = 20_000
 
 
 def measure(*, quick: bool = False) -> Result:
@@ -52,10 +52,10 @@ def measure(*, quick: bool = False) -> Result:
         contestants: dict[str, Callable[[], float]] = {
             name: microseconds(batch, TOKENS, repeats_for(batch, round_s)) for name, batch in batches.items()
         }
-        contestants[MIXTURE] = _mixture(busy, key, revocations, VERIFICATIONS // 20 if quick else VERIFICATIONS)
+        contestants[MIXTURE] = _mixture(busy, key, revocations, VERIFICATIONS // 10 if quick else VERIFICATIONS)
         if node is not None:
             contestants |= node.contestants(NODE_WARM, round_s)
-        rounds = take_turns(contestants, ROUNDS)
+        rounds = take_turns(contestants, QUICK_ROUNDS if quick else ROUNDS)
     return Result(
         title="Warm: a token seen before",
         measurements=measured(rounds, "µs"),
