@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   which Python makes .venv (default: the first of python3, python3.13, python3.12, python3.11 that fits)
 #   OFFLINE=1           install from ./wheelhouse alone
 #   UPGRADE=1           `make lock` takes newer releases instead of keeping what is pinned
-#   ARGS="-k revoke"    passed on by test, test-all, conformance, demo, up and bench
+#   ARGS="-k revoke"    passed on by test, test-all, conformance, demo, up, bench and load
 #   REDIS=redis://...   the server that `make conformance` checks; VERIFIER_REDIS, KEYSERVICE_REDIS where REDIS is no admin
 #
 # Works with GNU make 3.81 (macOS) as with 4.x, and under -j.
@@ -98,9 +98,22 @@ up: install ## start a cluster of regions on this machine, until Ctrl-C
 model: install ## the keeper rules through seeded schedules of faults; ARGS="--seeds 100000 --jobs 2"
 	@$(PY) -m regions model $(ARGS)
 
-.PHONY: bench
-bench: install ## the benchmarks
+# Other people's libraries on Node are measured too where there is Node; the benchmarks say so if there is none.
+.PHONY: bench-peers
+bench-peers: install
+	@command -v node >/dev/null && command -v npm >/dev/null || exit 0; \
+	cd benchmarks/node && test node_modules/.package-lock.json -nt package-lock.json || \
+	npm ci --silent --ignore-scripts --no-audit --no-fund --cache $(CACHE)/npm
+
+.PHONY: bench bench-compare load
+bench: bench-peers ## speed beside other libraries: tables, benchmarks/results.json, docs/images/bench.svg; ARGS="cold warm"
 	@$(PY) -m benchmarks $(ARGS)
+
+bench-compare: bench-peers ## fails if a ratio is a quarter worse than the committed one, in the median of three runs
+	@$(PY) -m benchmarks compare $(ARGS)
+
+load: install ## 10,000 requests at concurrency 100 against the order service, with one worker and with two
+	@$(PY) -m benchmarks load $(ARGS)
 
 # --- testing and checking ---------------------------------------------------------------------------------------------
 
@@ -188,7 +201,7 @@ SECRETS := .venv/bin/detect-secrets-hook --no-verify --disable-plugin IPPublicDe
 SECRETS_TESTS := $(SECRETS) $(addprefix --disable-plugin ,\
 	Base64HighEntropyString BasicAuthDetector HexHighEntropyString JwtTokenDetector KeywordDetector)
 LIST := git ls-files -z --cached --others --exclude-standard
-FIND := find . \( -name .git -o -name .venv -o -name .cache -o -name var -o -name wheelhouse -o -name dist \) -prune -o -type f
+FIND := find . \( -name .git -o -name .venv -o -name node_modules -o -name .cache -o -name var -o -name wheelhouse -o -name dist \) -prune -o -type f
 
 check-secrets: install
 	@mkdir -p $(CACHE)
@@ -227,5 +240,5 @@ build: install ## the wheel and the source archive, in ./dist
 
 .PHONY: clean
 clean: ## remove what make made, except ./wheelhouse
-	@rm -rf .cache .venv dist var
+	@rm -rf .cache .venv dist var benchmarks/node/node_modules
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
