@@ -88,7 +88,7 @@ class Service:
         self.frontend = None if kek is None else Frontend(self, kek, clients)
         parts = (self.frontend.ring.take if self.frontend else None, self._key_keeper.take if self.keeper else None)
         takers: list[Callable[[KeysView], Awaitable[bool]]] = [take for take in parts if take is not None]
-        self._poll = KeyPoll(self.own, takers, self.metrics, region=settings.region)
+        self.poll = KeyPoll(self.own, self.primary, takers, self.metrics, region=settings.region)
         self.apps = self._build_apps(settings)
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -118,6 +118,7 @@ class Service:
         self.beats = Beats(
             self.trust,
             self.metrics,
+            regions=self.receipts.regions,
             interval_ms=settings.beat_interval_ms,
             max_skew_s=settings.max_skew_s,
             clock=self.clock,
@@ -185,10 +186,10 @@ class Service:
         if self.frontend is not None:
             await self.frontend.check_kek()
         self.mirror.start()
-        await self._poll.once()
+        await self.poll.once()
         rounds: list[tuple[Callable[[], Awaitable[None]], Callable[[], float]]] = [
             (self.beats.once, self.beats.pause_s),
-            (self._poll.once, lambda: KEYS_POLL_S),
+            (self.poll.once, lambda: KEYS_POLL_S),
             (self._expire, lambda: EXPIRE_EVERY_S),
         ]
         if self.keeper is not None:
@@ -299,8 +300,9 @@ class Service:
     def _warnings(self, view: View) -> tuple[str, ...]:
         found = {
             "epoch_closed": view.epoch is not None and not view.epoch.open,
+            "primary_clock": self.beats.primary_off,
             "primary_unreachable": self.beats.problem in ("primary_unreachable", "outcome_unknown", "timeout"),
-            "replica_unreachable": self._poll.problem is not None,
+            "replica_unreachable": self.poll.problem is not None,
         }
         if self.keeper is not None:
             found |= {self.keeper.problem or "": self.keeper.problem is not None}

@@ -11,6 +11,7 @@
     ├── KeeperUnavailable     the region's keeper cannot store: nothing was done
     ├── EnvelopeError         a wrapped private key cannot be opened
     ├── SigningUnavailable    no token can be signed now, by name
+    ├── KeySetUnavailable     no key set can be served now, by name
     ├── FeedUnavailable       the revocation feed cannot be served now, by name
     ├── ClockSkewed           this machine's clock is off: nothing that needs the time is done
     ├── RequestRefused        the request's fault: an HTTP 4xx
@@ -31,6 +32,7 @@ __all__ = [
     "EnvelopeError",
     "FeedUnavailable",
     "KeeperUnavailable",
+    "KeySetUnavailable",
     "KeyserviceError",
     "OAuthError",
     "OutcomeUnknown",
@@ -121,6 +123,10 @@ class EnvelopeError(KeyserviceError):
 
 class SigningUnavailable(KeyserviceError):
     """No token can be signed now: HTTP 503."""
+
+
+class KeySetUnavailable(KeyserviceError):
+    """No key set can be served now, by name: HTTP 503."""
 
 
 class FeedUnavailable(KeyserviceError):

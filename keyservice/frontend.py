@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -14,13 +16,14 @@ from .api.jwks import JwksFirst
 from .bearer import AdminBearer
 from .clients import Authenticator, Clients
 from .envelope import Kek
-from .errors import SigningUnavailable, StartError
+from .errors import KeySetUnavailable, SigningUnavailable, StartError
 from .evidence import Evidence, read_evidence
 from .feed import Feed
 from .granting import Granting
 from .issuing import Issuer, SharedSecret
 from .jobs import RotationJob
-from .keyring import Keyring
+from .keyring import Document, Keyring
+from .limits import KEYS_SILENCE_MAX_S
 from .revoking import Revoker
 from .rotator import Rotator
 from .sessions import SessionStore
@@ -47,6 +50,7 @@ class Frontend:
             settings.rotation_policy,
             region=settings.region,
             clock=service.clock,
+            regions=service.receipts.regions,
             is_revoked=self._kid_revoked,
             executor=service.executor,
         )
@@ -75,6 +79,7 @@ class Frontend:
             clock=service.clock,
             signing_key=self.ring.signing_key,
             gate=self._may_sign,
+            lifetime_max_s=self._lifetime_max_s,
             shared_secret=SharedSecret(secret.get_secret_value()) if secret is not None else None,
         )
         self._sessions = SessionStore(service.primary)
@@ -128,7 +133,39 @@ class Frontend:
 
     def in_front(self, app: ASGIApp) -> ASGIApp:
         """The key set is answered before any routing."""
-        return JwksFirst(app, lambda: self.ring.document, self._settings.jwks_max_age_s)
+        return JwksFirst(app, self.served, self._settings.jwks_max_age_s)
+
+    def served(self) -> Document:
+        """The key set to serve now; raises :class:`KeySetUnavailable`.
+
+        None of an instance that may hold an older one than its region says it serves, nor of a region for which others
+        no longer wait before they sign with a new key.
+        """
+        document, silence_s = self.ring.document, self._service.poll.silence_s
+        if document is None:
+            raise KeySetUnavailable("keys_unavailable", "no key has been published yet")
+        if silence_s > KEYS_SILENCE_MAX_S:
+            raise KeySetUnavailable("key_set_unconfirmed", f"the key set was last read {silence_s:.0f} s ago")
+        if self._age_s() > self._settings.partition_budget_s:
+            message = "this region has been cut off for longer than the partition budget; ask another one"
+            raise KeySetUnavailable("partition_budget_exceeded", message)
+        return document
+
+    def _lifetime_max_s(self) -> float:
+        """How long a token signed now may live: its key may have been retired since the key set was last read.
+
+        A retired key is removed ``removal_delay_s`` later, and a token is accepted for the leeway after its ``exp``.
+        """
+        settings = self._settings
+        longest_s = settings.rotation_policy.removal_delay_s - settings.leeway_s - settings.max_skew_s
+        return longest_s - self._service.poll.silence_s
+
+    def _age_s(self) -> float:
+        """Age of the last beat that a majority of regions confirmed, or of any while none was; infinite without one."""
+        now, mono = self._service.clock(), time.monotonic()
+        freshness = self._service.mirror.view.freshness
+        seconds = freshness.staleness(now=now, mono=mono, max_staleness_s=math.inf).seconds
+        return math.inf if seconds is None else seconds
 
     async def _own_evidence(self) -> Evidence:
         return await read_evidence(self._service.own, self._service.receipts.regions())
@@ -164,6 +201,16 @@ class Frontend:
     def _may_sign(self) -> None:
         self._service.revocations()
         self._service.beats.check_clock()
+        self._check_lease()
+
+    def _check_lease(self) -> None:
+        """A region that is cut off signs for the partition budget and no longer."""
+        confirmed = self._service.mirror.view.freshness.confirmed is not None
+        age_s, budget_s = self._age_s(), self._settings.partition_budget_s
+        if not confirmed or age_s > budget_s:
+            known = f"{age_s:.0f} s ago" if confirmed else "never"
+            message = f"a majority of regions vouched for this one {known}, and the partition budget is {budget_s:g} s"
+            raise SigningUnavailable("signing_lease_expired", message)
 
     def _kid_revoked(self, kid: str) -> bool:
         return self._service.mirror.snapshot.find(issuer=self._settings.issuer, kid=kid) is not None
@@ -176,11 +223,12 @@ class Frontend:
 
     def reasons(self) -> dict[str, bool]:
         """What keeps this instance from signing or serving keys, by name."""
-        found = {"keys_unavailable": self.ring.document is None}
-        try:
-            self.ring.signing_key()
-        except SigningUnavailable as error:
-            found[error.code] = True
+        found: dict[str, bool] = {}
+        for ask in (self.served, self.ring.signing_key, self._check_lease):
+            try:
+                ask()
+            except (KeySetUnavailable, SigningUnavailable) as error:
+                found[error.code] = True
         return found
 
     def warnings(self) -> dict[str, bool]:

@@ -6,6 +6,7 @@ no ``kid``, signed with the shared secret. python-jose signs; nothing here verif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -60,7 +61,10 @@ class Grant:
 
 
 class Issuer:
-    """Makes access tokens for one issuer. ``signing_key`` and ``gate`` raise :class:`SigningUnavailable`."""
+    """Makes access tokens for one issuer. ``signing_key`` and ``gate`` raise :class:`SigningUnavailable`.
+
+    ``lifetime_max_s`` caps a token's life by that of its key.
+    """
 
     def __init__(
         self,
@@ -70,36 +74,45 @@ class Issuer:
         clock: Callable[[], float],
         signing_key: Callable[[], SigningKey],
         gate: Callable[[], None],
+        lifetime_max_s: Callable[[], float],
         shared_secret: SharedSecret | None,
     ) -> None:
         self._issuer = issuer
         self._clock = clock
         self._signing_key = signing_key
         self._gate = gate
+        self._lifetime_max_s = lifetime_max_s
         self._shared_secret = shared_secret
         self.ttl_s: Final = ttl_s
 
     def issue(self, grant: Grant, alg: str = "RS256") -> str:
-        """A signed access token; raises :class:`SigningUnavailable`."""
+        """A signed access token; raises :class:`SigningUnavailable`, also for what ended while it was signed."""
         self._gate()
-        claims = self.claims(grant)
-        if alg == "HS256":
-            if self._shared_secret is None:
-                raise SigningUnavailable("hs256_secret_missing", "JWT_SECRET is not set")
-            return self._shared_secret.sign(claims)
-        return self._signing_key().sign(claims)
+        token = self._sign(self.claims(grant), alg)
+        self._gate()
+        return token
+
+    def _sign(self, claims: dict[str, Any], alg: str) -> str:
+        if alg != "HS256":
+            return self._signing_key().sign(claims)
+        if self._shared_secret is None:
+            raise SigningUnavailable("hs256_secret_missing", "JWT_SECRET is not set")
+        return self._shared_secret.sign(claims)
 
     def claims(self, grant: Grant) -> dict[str, Any]:
         """RFC 9068 section 2.2; ``aud`` is a string where there is one audience (RFC 7519 section 4.1.3)."""
         now = self._clock()
-        issued_at = int(now)
+        issued_at, lifetime_s = int(now), min(self.ttl_s, math.floor(self._lifetime_max_s()))
+        if lifetime_s <= 0:
+            message = "the key set could not be read for so long that the active key may have been replaced"
+            raise SigningUnavailable("key_set_unconfirmed", message)
         claims: dict[str, Any] = {
             "iss": self._issuer,
             "sub": grant.sub,
             "aud": grant.audience[0] if len(grant.audience) == 1 else list(grant.audience),
             "client_id": grant.client_id,
             "iat": issued_at,
-            "exp": issued_at + self.ttl_s,
+            "exp": issued_at + lifetime_s,
             "jti": uuid7(now),
         }
         optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after)}

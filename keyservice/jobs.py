@@ -11,9 +11,11 @@ logged with its trace, and the next round is run.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -22,6 +24,7 @@ from redis.exceptions import RedisError
 
 from verifier.log import EPOCH_KEY
 
+from .core.clocks import primary_is_off
 from .errors import ClockSkewed, StoreError
 from .keeper import KeeperRunner
 from .limits import BEAT_TIMEOUT_S, KEYS_POLL_S, SKEW_PROBE_S
@@ -64,9 +67,20 @@ class Beats:
     """Beats in the current epoch, and knows how far this machine's clock is from the primary's."""
 
     def __init__(
-        self, trust: TrustLog, metrics: Metrics, *, interval_ms: int, max_skew_s: float, clock: Callable[[], float]
+        self,
+        trust: TrustLog,
+        metrics: Metrics,
+        *,
+        regions: Callable[[], Collection[str]],
+        interval_ms: int,
+        max_skew_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._trust = trust
+        self._regions = regions
+        self._told = False
+        self.primary_off = False
+        """Whether the clocks differ, and a majority of regions say that it is the primary's that is wrong."""
         self._metrics = metrics
         self._interval_ms = interval_ms
         self._max_skew_s = max_skew_s
@@ -77,18 +91,23 @@ class Beats:
         """Why the last beat did not get through, or None."""
 
     @property
-    def clock_skewed(self) -> bool:
-        """Whether the clocks differ by more than ``max_skew_s``: then neither beat, sign nor revoke."""
+    def clocks_differ(self) -> bool:
+        """Whether this clock and the primary's differ by more than ``max_skew_s``: then nobody beats or trims here."""
         return self.skew_s is not None and abs(self.skew_s) > self._max_skew_s
 
+    @property
+    def clock_skewed(self) -> bool:
+        """Whether it is this clock that is wrong, as far as anybody can tell: then neither sign nor revoke."""
+        return self.clocks_differ and not self.primary_off
+
     def check_clock(self) -> None:
-        """Raise :class:`ClockSkewed` while the clocks are known to differ by more than ``max_skew_s``."""
+        """Raise :class:`ClockSkewed` while this clock is taken for wrong."""
         if self.skew_s is not None and self.clock_skewed:
             raise ClockSkewed(self.skew_s)
 
     def pause_s(self) -> float:
         """Seconds from one round to the next."""
-        return SKEW_PROBE_S if self.clock_skewed else self._interval_ms / 1000
+        return SKEW_PROBE_S if self.clocks_differ else self._interval_ms / 1000
 
     async def once(self) -> None:
         """One round: measure the clocks, and beat if they agree."""
@@ -104,12 +123,15 @@ class Beats:
 
     async def _measure_and_beat(self) -> str:
         sent_at = self._clock()
-        if (self.skew_s is None or self.clock_skewed) and not self._agree(sent_at, await self._trust.server_ms()):
-            return self._fail("clock_skew")
+        if self.skew_s is None or self.clocks_differ:
+            server_ms = await self._trust.server_ms()
+            if not self._agree(sent_at, server_ms):
+                return self._fail(await self._whose_clock(server_ms))
+        await self._untell()
         sent_at = self._clock()
         written, server_ms = await self._trust.beat(self._interval_ms)
         if not self._agree(sent_at, server_ms):
-            return self._fail("clock_skew")
+            return self._fail(await self._whose_clock(server_ms))
         if self.problem is not None:
             _log.info("beating", written=written)
             self.problem = None
@@ -120,7 +142,20 @@ class Beats:
         """Compare the clocks: the server's was read half-way between sending and now."""
         self.skew_s = (sent_at + self._clock()) / 2 - server_ms / 1000
         self._metrics.skew.set(self.skew_s)
-        return not self.clock_skewed
+        return not self.clocks_differ
+
+    async def _whose_clock(self, server_ms: int) -> str:
+        """Say what this region sees, hear what the others do, and name whose clock is wrong."""
+        assert self.skew_s is not None
+        self._told = True
+        sightings = await self._trust.tell_skew(self.skew_s, server_ms, self._regions())
+        self.primary_off = primary_is_off(sightings, self._regions(), self._max_skew_s)
+        return "primary_clock" if self.primary_off else "clock_skew"
+
+    async def _untell(self) -> None:
+        if self._told:
+            await self._trust.forget_skew()
+        self._told = self.primary_off = False
 
     def _fail(self, code: str) -> str:
         if code != self.problem:
@@ -132,34 +167,57 @@ class Beats:
 class KeyPoll:
     """Reads the key set from the region's replica whenever it changed, and hands it to whoever holds keys.
 
-    Each of ``takers`` says whether it is done with a reading; one that is not gets the next one all the same.
+    Each of ``takers`` says whether it is done with a reading; one that is not gets the next one all the same. While the
+    replica is away the primary is asked: the set is then no older than the replica's would be.
     """
 
     def __init__(
-        self, replica: Node, takers: Sequence[Callable[[KeysView], Awaitable[bool]]], metrics: Metrics, *, region: str
+        self,
+        replica: Node,
+        primary: Node,
+        takers: Sequence[Callable[[KeysView], Awaitable[bool]]],
+        metrics: Metrics,
+        *,
+        region: str,
     ) -> None:
         self._replica = replica
+        self._primary = primary
+        self._read_mono: float | None = None
         self._takers = takers
         self._metrics = metrics
         self._region = region
         self._taken: object = None
         self.problem: str | None = None
 
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the key set was read last, from whichever server; infinite before the first time."""
+        return math.inf if self._read_mono is None else time.monotonic() - self._read_mono
+
     async def once(self) -> None:
         """Take over the keys if the generation is another one than the last time."""
+        code = await self._read(self._replica)
+        if code is not None and code != self.problem:
+            _log.warning("key set not read", code=code)
+        if code is not None:
+            await self._read(self._primary)
+        self.problem = code
+
+    async def _read(self, node: Node) -> str | None:
+        """None if that server's set was taken over, else why not."""
+        own, started_mono = node is self._replica, time.monotonic()
         try:
-            version = await self._replica.redis.hmget(EPOCH_KEY, ["number", "nonce", "keys_n"])
-            if version != self._taken:
-                view = await read_keys(self._replica, self._region)
-                done = [await take(view) for take in self._takers]
-                self._taken = version if all(done) else None
-                self._show(view)
-            self.problem = None
-        except (StoreError, RedisError, OSError) as error:
-            code = error.code if isinstance(error, StoreError) else "replica_unreachable"
-            if code != self.problem:
-                _log.warning("key set not read", code=code)
-            self.problem = code
+            async with asyncio.timeout(BEAT_TIMEOUT_S):
+                version = own, *await node.redis.hmget(EPOCH_KEY, ["number", "nonce", "keys_n"])
+                if version != self._taken:
+                    view = replace(await read_keys(node, self._region), from_own=own)
+                    done = [await take(view) for take in self._takers]
+                    self._taken = version if all(done) else None
+                    self._show(view)
+        except (StoreError, RedisError, OSError, TimeoutError) as error:
+            return error.code if isinstance(error, StoreError) else "replica_unreachable"
+        self._read_mono = started_mono
+        return None
 
     def _show(self, view: KeysView) -> None:
         self._metrics.generation.set(view.generation.n)
@@ -181,7 +239,7 @@ class TrimJob:
         """One run; a clock that is off must not decide what has expired."""
         outcome = "more"
         try:
-            if self._beats.clock_skewed or not await self._runner.trims():
+            if self._beats.clocks_differ or not await self._runner.trims():
                 return
             while outcome == "more":
                 done = await self._trimmer.once()

@@ -2,6 +2,10 @@
 
 Public records are merged by the furthest state, then the higher ``rev``. Of private keys it holds its own region's, as
 wrapped as they are in Redis: a keeper needs no key-encryption key, and cannot unwrap any.
+
+It also says for its region which keys the region serves: those of the set that it read from the region's own server.
+Every instance reads the same server several times a second, and one that could not for :data:`KEYS_SILENCE_MAX_S`
+serves no set at all; so after that time no instance of the region serves an older one.
 """
 
 from __future__ import annotations
@@ -10,11 +14,14 @@ from typing import Final
 
 import structlog
 
+from verifier.jwk import JwksError
+
 from .core.evidence import key_of
-from .core.rotation import FINAL_STATES, KeyRecord
+from .core.rotation import FINAL_STATES, PUBLISHED_STATES, KeyRecord
 from .errors import KeeperUnavailable, StoreError
 from .keeper import KeeperRunner
 from .keeper_disk import SqliteDisk
+from .keyring import make_document
 from .store import Node
 from .trust import KeysView, TrustLog, read_keys
 
@@ -32,14 +39,36 @@ class KeyKeeper:
         self._trust = trust
         self._primary = primary
         self._region = region
+        self._said: object = None
         runner.before_merging = self._put_back
 
     async def _put_back(self) -> bool:
         """Once the keeper is merged, the primary holds all that it knows of the keys. Raises :class:`StoreError`."""
-        return await self.take(await read_keys(self._primary, self._region))
+        return await self._hold(await read_keys(self._primary, self._region))
 
     async def take(self, view: KeysView) -> bool:
-        """Hold what was read, and put back what the log lacks of it; False if that did not work."""
+        """Hold what was read, put back what the log lacks of it, and say what is served; False if that did not work."""
+        return await self._hold(view) and await self._say(view)
+
+    async def _say(self, view: KeysView) -> bool:
+        if view.epoch is None or not view.from_own:
+            return True
+        epoch = key_of(view.epoch)
+        kids = sorted(kid for kid, record in view.records.items() if record.state in PUBLISHED_STATES)
+        if (epoch, kids) == self._said:
+            return True
+        try:
+            if make_document(view.records, view.generation) is not None:
+                await self._trust.serve(epoch, kids)
+        except JwksError:
+            return True  # no instance takes this set over; the ring says so
+        except StoreError as error:
+            _log.info("not said what is served", code=error.code)
+            return False
+        self._said = (epoch, kids)
+        return True
+
+    async def _hold(self, view: KeysView) -> bool:
         if view.epoch is None:
             return False
         try:

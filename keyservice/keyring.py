@@ -30,7 +30,7 @@ from .issuing import SigningKey
 from .limits import RSA_BITS
 from .trust import KeysView
 
-__all__ = ["Document", "Keyring", "NewKey", "new_key", "reopen"]
+__all__ = ["Document", "Keyring", "NewKey", "make_document", "new_key", "reopen"]
 
 _log = structlog.get_logger(__name__)
 

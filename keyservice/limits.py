@@ -65,6 +65,9 @@ SCRIPT_ATTEMPTS_MAX: Final = 4
 KEYS_POLL_S: Final = 0.25
 """How often the region's replica is asked for the key set's generation; part of the publish lead."""
 
+KEYS_SILENCE_MAX_S: Final = 5.0
+"""An instance that could not read the key set for longer serves none until it can: what it holds may be too old."""
+
 BEAT_TIMEOUT_S: Final = 2.0
 """A beat that takes longer is given up; the next one opens a new connection."""
 

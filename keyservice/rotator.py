@@ -13,7 +13,7 @@ changed since they were counted: the set that the regions publish is never one t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
@@ -25,13 +25,13 @@ from verifier.limits import JWKS_KEYS_MAX
 
 from . import keyring
 from .core import rotation
-from .core.rotation import FINAL_STATES, KeyRecord, Policy
+from .core.rotation import FINAL_STATES, Gate, KeyRecord, Policy, Serving
 from .envelope import Kek
 from .errors import EnvelopeError, Refused, RequestRefused
 from .keyring import Keyring, NewKey
 from .limits import KEYS_REQUESTED_MAX, ROTATION_STEPS_MAX
 from .store import Node
-from .trust import KeysView, TrustLog, private_key_name, read_keys
+from .trust import KeysView, TrustLog, private_key_name, read_keys, read_serving
 
 __all__ = ["KEEPER_NOT_MERGED", "RotationRequest", "Rotator"]
 
@@ -50,12 +50,18 @@ class _Requested(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class RotationRequest:
-    """What became of a wish for rotation. ``activates_at`` is in Unix seconds, None if it has happened."""
+    """What became of a wish for rotation.
+
+    ``activates_at`` is in Unix seconds, None if it has happened, or while regions in ``waiting_for`` have yet to serve
+    the successor. Those in ``excused`` were not waited for.
+    """
 
     region: str
     replaced: str
     active: str
     activates_at: int | None
+    waiting_for: tuple[str, ...] = ()
+    excused: tuple[str, ...] = ()
 
 
 class Rotator:
@@ -71,10 +77,14 @@ class Rotator:
         *,
         region: str,
         clock: Callable[[], float],
+        regions: Callable[[], Sequence[str]],
         is_revoked: Callable[[str], bool],
         executor: Executor,
     ) -> None:
         self._primary = primary
+        self._regions = regions
+        self.gate: Gate | None = None
+        """What the next activation by plan waits for, None if none is due."""
         self._trust = trust
         self._ring = ring
         self._kek = kek
@@ -109,9 +119,9 @@ class Rotator:
         await self._primary.write("SET", self._wish_key, wish)
         view = await self.tick()
         now_active = _active(view, self._region) or active
-        done = now_active.kid != active.kid
-        when = None if done else rotation.activates_at(view.records, self._region, self._policy)
-        return RotationRequest(self._region, active.kid, now_active.kid, when)
+        gate = self.gate or Gate(None)
+        when = gate.opens_at if now_active.kid == active.kid else None
+        return RotationRequest(self._region, active.kid, now_active.kid, when, gate.waiting_for, gate.excused)
 
     @property
     def _wish_key(self) -> str:
@@ -134,18 +144,23 @@ class Rotator:
         if foreign is not None:
             self._complain("kek_mismatch", wrapped_under=foreign)
             return False
-        usable, wished = await self._ring.opens(view), await self._wished()
+        usable, wished, serving = await self._ring.opens(view), await self._wished(), await self._serving(view)
+        now, server_s = self._clock(), await self._trust.server_ms() / 1000
+        clock_sound = abs(now - server_s) <= self._policy.max_skew_s
         decision = rotation.decide(
             view.records,
             self._region,
-            self._clock(),
+            now,
             self._policy,
             usable=usable,
             revoked={kid for kid in view.records if self._is_revoked(kid)},
             rotate_kid=wished,
+            serving=serving,
+            clock_sound=clock_sound,
         )
+        self._show_gate(decision.gate)
         why_not = _why_not_create(view) if decision.create and not decision.changes else None
-        self._complain(why_not)
+        self._complain(why_not if clock_sound else "clock_skew")
         try:
             if decision.changes:
                 await self._put(decision.changes, view)
@@ -159,6 +174,19 @@ class Rotator:
             return True  # somebody else was faster
         await self._forget_private(view)
         return False
+
+    async def _serving(self, view: KeysView) -> Serving:
+        """Asked for only where it can matter: while a standby waits beside an active key."""
+        states = {record.state for record in view.records.values() if record.region == self._region}
+        if view.epoch is None or not {"published", "active"} <= states:
+            return Serving()
+        return await read_serving(self._primary, self._regions(), view.epoch)
+
+    def _show_gate(self, gate: Gate | None) -> None:
+        """Say once what an activation waits for, and for whom it does not wait."""
+        if gate is not None and (self.gate is None or gate.excused != self.gate.excused) and gate.excused:
+            _log.warning("rotation goes on without regions beyond the partition budget", excused=gate.excused)
+        self.gate = gate
 
     async def _put(self, records: tuple[KeyRecord, ...], view: KeysView) -> None:
         generation = await self._trust.put_keys([(view.records[record.kid].rev, record) for record in records])

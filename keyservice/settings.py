@@ -27,7 +27,7 @@ from .core.revocation import RevocationPolicy
 from .core.rotation import Policy
 from .envelope import Kek
 from .errors import SettingError
-from .limits import KEEPER_SECRET_CHARS_MIN, KEYS_POLL_S
+from .limits import KEEPER_SECRET_CHARS_MIN, KEYS_POLL_S, KEYS_SILENCE_MAX_S
 
 __all__ = ["CLIENT_VARIABLES", "Settings", "load_settings"]
 
@@ -142,6 +142,7 @@ class Settings(BaseSettings):
     rotation_interval_s: float = Field(30 * 86_400, gt=0)
     publish_lead_s: float = Field(86_400, gt=0)
     rotator_tick_s: float = Field(30, ge=0.1)
+    partition_budget_s: float = Field(3_600, gt=0)
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
@@ -341,6 +342,9 @@ class Settings(BaseSettings):
         return Policy(
             rotation_interval_s=self.rotation_interval_s,
             publish_lead_s=self.publish_lead_s,
+            serve_lead_s=KEYS_SILENCE_MAX_S + self.jwks_max_age_s + self.max_skew_s + self.jwks_client_cache_max_s,
+            partition_budget_s=self.partition_budget_s,
+            max_skew_s=self.max_skew_s,
             removal_delay_s=self.access_token_ttl_s
             + self.leeway_s
             + self.max_skew_s

@@ -46,6 +46,7 @@ SCRIPTS: Final = (
     "refresh.lua",
     "register.lua",
     "report.lua",
+    "serving.lua",
     "session_start.lua",
     "trim.lua",
 )

@@ -7,9 +7,10 @@ a write whose reply is lost is never retried here.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeVar
 
@@ -32,23 +33,29 @@ from verifier.log import (
     Hole,
     Position,
     region_key,
+    serving_key,
 )
 
+from .core.clocks import SIGHTING_MAX_AGE_S
 from .core.epochs import Step, after_refusal
 from .core.evidence import EpochKey, Report, key_of
 from .core.ids import uuid7
 from .core.keepers import Add, Bump
 from .core.revocation import Stored
-from .core.rotation import KeyRecord
+from .core.rotation import KeyRecord, Serving
 from .errors import PrimaryUnreachable, Refused, WaitingForBootstrap
 from .limits import APPEND_ENTRIES_MAX, SCRIPT_ATTEMPTS_MAX
 from .store import Node
 
-__all__ = ["BeatResult", "KeysView", "TrustLog", "private_key_name", "read_keys"]
+__all__ = ["BeatResult", "KeysView", "TrustLog", "private_key_name", "read_keys", "read_serving"]
 
 T = TypeVar("T")
 _APPEND_KEYS: Final = (LOG_KEY, EPOCH_KEY, BEAT_KEY, META_KEY)
 _log = structlog.get_logger(__name__)
+
+
+def _clock_key(region: str) -> str:
+    return f"{{ks}}:clock:{region}"
 
 
 def private_key_name(region: str) -> str:
@@ -67,13 +74,15 @@ class BeatResult(NamedTuple):
 class KeysView:
     """Every key record and what belongs to it, read in one transaction. ``epoch`` is None while there is no log.
 
-    ``merged``: this region's keeper has merged into the epoch, so what it holds of the keys is in here.
+    ``merged``: this region's keeper has merged into the epoch, so what it holds of the keys is in here. ``from_own``:
+    it was read from the region's own server, as every instance of the region reads it.
     """
 
     epoch: Epoch | None
     records: dict[str, KeyRecord]
     private: dict[str, bytes]
     merged: bool = False
+    from_own: bool = False
 
     @property
     def generation(self) -> Generation:
@@ -106,6 +115,32 @@ async def read_keys(node: Node, region: str) -> KeysView:
         {kid.decode("utf-8", "replace"): envelope for kid, envelope in private.items()},
         merged=seen is not None and merged == [str(seen.number).encode(), seen.nonce.encode()],
     )
+
+
+async def read_serving(node: Node, regions: Sequence[str], epoch: Epoch) -> Serving:
+    """What each of these regions says it serves in this epoch. Raises :class:`PrimaryUnreachable`."""
+    try:
+        async with node.redis.pipeline(transaction=True) as pipe:
+            for region in regions:
+                pipe.hgetall(serving_key(region))
+                pipe.hget(region_key(region), "at")
+            answers = await pipe.execute()
+    except (RedisError, OSError):
+        raise PrimaryUnreachable from None
+    since: dict[str, dict[str, float]] = {}
+    heard_at: dict[str, float] = {}
+    for region, served, at_ms in zip(regions, answers[::2], answers[1::2], strict=True):
+        if served.get(b"nonce") == epoch.nonce.encode():
+            kids = {name: at for name, at in served.items() if name.startswith(b"kid:")}
+            since[region] = {n[4:].decode("ascii", "replace"): _seconds(at) for n, at in kids.items()}
+        if at_ms is not None:
+            heard_at[region] = _seconds(at_ms)
+    return Serving(tuple(regions), since, heard_at)
+
+
+def _seconds(at_ms: bytes) -> float:
+    """A time of the log in Unix seconds; one that cannot be read is not over yet."""
+    return int(at_ms) / 1000 if at_ms.isdigit() else math.inf
 
 
 def _readable(kid: str, raw: bytes) -> KeyRecord | None:
@@ -161,6 +196,20 @@ class TrustLog:
         seconds, microseconds = await self._primary.write("TIME")
         return int(seconds) * 1000 + int(microseconds) // 1000
 
+    async def tell_skew(self, skew_s: float, server_ms: int, regions: Collection[str]) -> dict[str, float]:
+        """Say how far this region's clock is from the primary's; what every region says of its own, if lately."""
+        await self._primary.write("HSET", _clock_key(self._region), "skew_s", repr(skew_s), "at", server_ms)
+        sightings = {}
+        for region in regions:
+            skew, at_ms = await self._primary.write("HMGET", _clock_key(region), "skew_s", "at")
+            if skew is not None and at_ms is not None and abs(server_ms - int(at_ms)) < SIGHTING_MAX_AGE_S * 1000:
+                sightings[region] = float(skew)
+        return sightings
+
+    async def forget_skew(self) -> None:
+        """The clocks agree again."""
+        await self._primary.write("DEL", _clock_key(self._region))
+
     async def put_keys(
         self, changes: Sequence[tuple[int, KeyRecord]], *, unchanged_since: Generation | None = None
     ) -> Generation:
@@ -204,6 +253,10 @@ class TrustLog:
         beat = (str(report.beat_n), str(report.beat_at_ms), report.beat_position)
         fields = [report.keeper_id, report.held, str(report.commit), *beat, version]
         await self._in_epoch(report.epoch, "report.lua", (region_key(report.region), EPOCH_KEY), fields)
+
+    async def serve(self, epoch: EpochKey, kids: Sequence[str]) -> None:
+        """Say which keys this region serves. Raises :class:`StoreError`."""
+        await self._in_epoch(epoch, "serving.lua", (serving_key(self._region), EPOCH_KEY), list(kids))
 
     async def open_epoch(self, epoch: EpochKey) -> bool:
         """Open the epoch that enough keepers have merged into; False if it was open."""

@@ -44,6 +44,7 @@ __all__ = [
     "Meta",
     "Position",
     "region_key",
+    "serving_key",
 ]
 
 FORMAT: Final = 1
@@ -95,6 +96,11 @@ class FormatError(ValueError):
 def region_key(region: str) -> str:
     """The key of a region's evidence record."""
     return f"{{trust}}:region:{region}"
+
+
+def serving_key(region: str) -> str:
+    """The key of the record of what a region serves: since when (ms), by ``kid``."""
+    return f"{{trust}}:serving:{region}"
 
 
 def _uint(text: str, name: str) -> int:

@@ -62,6 +62,8 @@ def router(bearer: AdminBearer, ring: Keyring, rotator: Rotator, refresh: Callab
             "replaced": outcome.replaced,
             "active": outcome.active,
             "activates_at": outcome.activates_at,
+            "waiting_for": list(outcome.waiting_for),
+            "excused": list(outcome.excused),
         }
         return json_response(body, 200 if outcome.active != outcome.replaced else 202)
 

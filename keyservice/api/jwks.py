@@ -10,6 +10,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from keyservice.errors import KeySetUnavailable
 from keyservice.keyring import Document
 
 from .problems import problem
@@ -20,9 +21,12 @@ JWKS_PATH: Final = "/.well-known/jwks.json"
 
 
 class JwksFirst:
-    """Serves the key set; everything else goes to ``app``. ``document`` gives None while there is none to serve."""
+    """Serves the key set; everything else goes to ``app``.
 
-    def __init__(self, app: ASGIApp, document: Callable[[], Document | None], max_age_s: int) -> None:
+    ``document`` raises :class:`KeySetUnavailable` while there is none to serve.
+    """
+
+    def __init__(self, app: ASGIApp, document: Callable[[], Document], max_age_s: int) -> None:
         self._app = app
         self._document = document
         self._cache_control = f"public, max-age={max_age_s}".encode()
@@ -32,13 +36,15 @@ class JwksFirst:
         if scope["type"] != "http" or scope["path"] != JWKS_PATH:
             await self._app(scope, receive, send)
             return
-        document = self._document()
         if scope["method"] not in ("GET", "HEAD"):
             await problem(405, "method_not_allowed", "the key set is read with GET or HEAD", {"Allow": "GET, HEAD"})(
                 scope, receive, send
             )
-        elif document is None:
-            await problem(503, "keys_unavailable", "no key has been published yet")(scope, receive, send)
+            return
+        try:
+            document = self._document()
+        except KeySetUnavailable as error:
+            await problem(503, error.code, str(error), {"Retry-After": "1"})(scope, receive, send)
         else:
             await self._serve(document, scope, send)
 

@@ -12,12 +12,15 @@
 Rules:
 
 1. A state only moves forward, and a key leaves the JWKS only because its record says so.
-2. A standby becomes active by plan only when ``publish_lead_s`` has passed since it was published, so that everybody
-   who reads a JWKS has seen it. Where a region has no active key (its very first, or a revoked one), waiting would
-   only add an outage to it: the oldest standby becomes active at once.
+2. A standby becomes active by plan only when ``publish_lead_s`` has passed since it was published, and ``serve_lead_s``
+   since every region was seen to serve it (:class:`Serving`), so that everybody who reads a JWKS has seen it. A region
+   that gave no sign of life for the partition budget is excused, by name: by then it serves no key set at all. Where a
+   region has no active key (its very first, or a revoked one), waiting would only add an outage to it: the oldest
+   standby becomes active at once.
 3. A retiring key is removed only when the last token that it can have signed has expired everywhere.
 4. A key whose private half is missing is never activated, and never replaced by a new one: that is for an operator.
 5. The decision is idempotent: applied, it decides nothing more but to create a missing standby.
+6. A clock that is not to be trusted moves nothing by time: no rotation, no removal. What is revoked is replaced.
 
 Times are integer Unix seconds, rounded up, so that rounding never shortens a wait.
 """
@@ -36,11 +39,13 @@ __all__ = [
     "PUBLISHED_STATES",
     "SIGNING_STATES",
     "Decision",
+    "Gate",
     "KeyRecord",
     "Policy",
+    "Serving",
     "State",
-    "activates_at",
     "decide",
+    "gate",
     "live",
     "merge",
     "prepare",
@@ -84,19 +89,58 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When things happen, in seconds. ``removal_delay_s`` counts from ``retiring_at``."""
+    """When things happen, in seconds. ``removal_delay_s`` counts from ``retiring_at``.
+
+    ``serve_lead_s`` is how long a client may go on with a key set that it read just before a region served a newer one.
+    """
 
     rotation_interval_s: float
     publish_lead_s: float
     removal_delay_s: float
+    serve_lead_s: float = 0.0
+    partition_budget_s: float = 3_600.0
+    max_skew_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What regions serve, as far as they have said so: evidence for rule 2. Times are Unix seconds of the primary.
+
+    ``since`` says, per region, since when it serves each kid in the present epoch, ``heard_at`` when it last gave a
+    sign of life, and ``regions`` whose evidence is asked for.
+    """
+
+    regions: tuple[str, ...] = ()
+    since: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    heard_at: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Whether a standby may become active by plan, and what that waits for.
+
+    ``opens_at`` (Unix seconds) is None while a region in ``waiting_for`` has yet to serve it; those in ``excused`` have
+    been silent for longer than the partition budget.
+    """
+
+    opens_at: int | None
+    waiting_for: tuple[str, ...] = ()
+    excused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """``changes`` are whole new records, to be written all at once; ``create`` asks for one new prepared key."""
+    """``changes`` are whole new records, to be written all at once; ``create`` asks for one new prepared key.
+
+    ``gate`` is that of the standby that is due to become active, or became so by it; None where none is due.
+    """
 
     changes: tuple[KeyRecord, ...] = ()
     create: bool = False
+    gate: Gate | None = None
+
+
+_NOTHING_ASKED: Final = Serving()
 
 
 def prepare(kid: str, region: str, alg: str, jwk: dict[str, str], now: float) -> KeyRecord:
@@ -157,24 +201,28 @@ def decide(
     usable: Collection[str],
     revoked: Collection[str] = (),
     rotate_kid: str | None = None,
+    serving: Serving = _NOTHING_ASKED,
+    clock_sound: bool = True,
 ) -> Decision:
     """What the rotator of ``region`` does at ``now`` (Unix seconds).
 
-    ``usable`` are the kids whose private half is at hand, ``revoked`` those that the trust log revokes, and
-    ``rotate_kid`` is the active key that somebody asked to replace before its time.
+    ``usable`` are the kids whose private half is at hand, ``revoked`` those that the trust log revokes,
+    ``rotate_kid`` is the active key that somebody asked to replace before its time, ``serving`` the evidence of who
+    serves what, and ``clock_sound`` says whether ``now`` agrees with the primary's clock.
     """
     keys = _Keys(now, {kid: record for kid, record in records.items() if record.region == region})
     for record in keys.of(*_LIVE):
         if record.kid in revoked:
             keys.move(record, "compromised")
     for record in keys.of("retiring"):
-        if now >= (record.retiring_at or 0) + policy.removal_delay_s:
+        if clock_sound and now >= (record.retiring_at or 0) + policy.removal_delay_s:
             keys.move(record, "removed")
     for record in keys.of("prepared"):
         keys.move(record, "published")
     _keep_one_active(keys)
-    _activate(keys, policy, usable, rotate_kid)
-    return Decision(keys.changes(), create=not keys.of("published"))
+    _replace_missing(keys, usable)
+    opened = _activate(keys, policy, usable, rotate_kid, serving) if clock_sound else None
+    return Decision(keys.changes(), not keys.of("published"), opened)
 
 
 def _keep_one_active(keys: _Keys) -> None:
@@ -184,22 +232,42 @@ def _keep_one_active(keys: _Keys) -> None:
         keys.move(record, "retiring")
 
 
-def _activate(keys: _Keys, policy: Policy, usable: Collection[str], rotate_kid: str | None) -> None:
-    standbys = [record for record in keys.of("published") if record.kid in usable]
+def _activate(
+    keys: _Keys, policy: Policy, usable: Collection[str], rotate_kid: str | None, serving: Serving
+) -> Gate | None:
+    """Rule 2; the gate of the standby that is due, open or not."""
     active = keys.of("active")
     if not active:
-        if standbys:
-            keys.move(standbys[0], "active")
-        return
+        return None
+    standbys = [record for record in keys.of("published") if record.kid in usable]
     current = active[0]
     due = current.kid == rotate_kid or keys.now >= (current.active_at or 0) + policy.rotation_interval_s
-    seen = [record for record in standbys if keys.now >= (record.published_at or 0) + policy.publish_lead_s]
-    if due and seen:
-        keys.move(seen[0], "active")
-        keys.move(current, "retiring")
+    if not due or not standbys:
+        return None
+    gates = [(record, gate(record, serving, keys.now, policy)) for record in standbys]
+    for record, opened in gates:
+        if opened.opens_at is not None and keys.now >= opened.opens_at:
+            keys.move(record, "active")
+            keys.move(current, "retiring")
+            return opened
+    return gates[0][1]
 
 
-def activates_at(records: Mapping[str, KeyRecord], region: str, policy: Policy) -> int | None:
-    """When (Unix seconds) a requested rotation of ``region`` can happen at the earliest; None without a standby."""
-    published = [r.published_at or 0 for r in records.values() if r.region == region and r.state == "published"]
-    return math.ceil(min(published) + policy.publish_lead_s) if published else None
+def _replace_missing(keys: _Keys, usable: Collection[str]) -> None:
+    """Where nothing signs, the oldest standby does, at once."""
+    standbys = [record for record in keys.of("published") if record.kid in usable]
+    if standbys and not keys.of("active"):
+        keys.move(standbys[0], "active")
+
+
+def gate(record: KeyRecord, serving: Serving, now: float, policy: Policy) -> Gate:
+    """When this standby may become active by plan, as far as is known at ``now`` (Unix seconds)."""
+    published_at = record.published_at or 0
+    silent_since = {region: serving.heard_at.get(region, published_at) for region in serving.regions}
+    excused = tuple(r for r, since in silent_since.items() if now - since > policy.partition_budget_s)
+    asked = [region for region in serving.regions if region not in excused]
+    waiting_for = tuple(region for region in asked if record.kid not in serving.since.get(region, {}))
+    if waiting_for:
+        return Gate(None, waiting_for, excused)
+    served_since = [serving.since[region][record.kid] + policy.serve_lead_s for region in asked]
+    return Gate(math.ceil(max([published_at + policy.publish_lead_s, *served_since])), (), excused)

@@ -64,7 +64,13 @@ def granting(sessions: Sessions, key: Key, snapshots: Iterable[Snapshot]) -> Gra
     """Every look at the revocations gives the next snapshot."""
     following = iter(snapshots)
     issuer = Issuer(
-        ISSUER, 900, clock=lambda: NOW, signing_key=cast(Any, lambda: key), gate=lambda: None, shared_secret=None
+        ISSUER,
+        900,
+        clock=lambda: NOW,
+        signing_key=cast(Any, lambda: key),
+        gate=lambda: None,
+        lifetime_max_s=lambda: 900,
+        shared_secret=None,
     )
     return Granting(
         issuer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from keyservice.core import rotation
-from keyservice.core.rotation import STATES, Decision, KeyRecord, Policy, State, decide
+from keyservice.core.rotation import STATES, Decision, Gate, KeyRecord, Policy, Serving, State, decide, gate
 
 POLICY = Policy(rotation_interval_s=1000, publish_lead_s=100, removal_delay_s=50)
 EU = "eu-west-1"
@@ -123,10 +124,66 @@ def test_merging_takes_the_furthest_state_then_the_higher_rev() -> None:
     assert rotation.merge({"a": older}, [])["a"] is older
 
 
-def test_a_requested_rotation_says_when() -> None:
-    held = {"a": record("a", "active", active_at=0), "b": record("b", "published", published_at=7)}
-    assert rotation.activates_at(held, EU, POLICY) == 107
-    assert rotation.activates_at({}, EU, POLICY) is None
+US = "us-east-1"
+STANDBY = record("b", "published", published_at=1900)
+
+
+def served(**regions: dict[str, float]) -> Serving:
+    """Both regions alive at 2000, and since when they serve what."""
+    return Serving((EU, US), {EU: regions.get("eu", {}), US: regions.get("us", {})}, {EU: 2000, US: 2000})
+
+
+def test_the_gate_opens_when_every_region_has_served_the_key_for_long_enough() -> None:
+    assert gate(STANDBY, Serving(), 2000, POLICY) == Gate(2000)
+    assert gate(STANDBY, served(eu={"b": 1901}), 2000, POLICY) == Gate(None, (US,))
+    assert gate(STANDBY, served(us={"b": 1901}), 2000, POLICY) == Gate(None, (EU,))
+    assert gate(STANDBY, served(eu={"b": 1901}, us={"b": 1902.5}), 2000, POLICY) == Gate(2000)
+    slow = replace(POLICY, serve_lead_s=200)
+    assert gate(STANDBY, served(eu={"b": 1901}, us={"b": 1902.5}), 2000, slow) == Gate(2103)
+
+
+def test_serving_another_key_is_no_evidence_for_this_one() -> None:
+    assert gate(STANDBY, served(eu={"a": 1}, us={"b": 1}), 2000, POLICY) == Gate(None, (EU,))
+
+
+@pytest.mark.parametrize(("silent_s", "excused"), [(3600, ()), (3601, (US,))])
+def test_a_region_is_excused_by_name_once_it_is_past_the_partition_budget(
+    silent_s: int, excused: tuple[str, ...]
+) -> None:
+    now = 2000 + silent_s
+    serving = Serving((EU, US), {EU: {"b": 1901}}, {EU: now, US: 2000})
+    assert gate(STANDBY, serving, now, POLICY) == Gate(None if not excused else 2000, () if excused else (US,), excused)
+
+
+def test_a_region_that_was_never_heard_is_waited_for_from_the_publication_on() -> None:
+    serving = Serving((EU, US), {EU: {"b": 1901}}, {EU: 5400})
+    assert gate(STANDBY, serving, 1900 + 3600, POLICY).waiting_for == (US,)
+    assert gate(STANDBY, serving, 1900 + 3601, POLICY).excused == (US,)
+
+
+def test_an_activation_waits_for_the_regions_and_says_for_which() -> None:
+    held = {"a": record("a", "active", active_at=0), "b": STANDBY}
+    late = decide(held, EU, 2000, POLICY, usable=set(held), serving=served(eu={"b": 1901}))
+    assert (late.changes, late.gate) == ((), Gate(None, (US,)))
+    done = decide(held, EU, 2000, POLICY, usable=set(held), serving=served(eu={"b": 1901}, us={"b": 1950}))
+    assert {r.kid: r.state for r in done.changes} == {"a": "retiring", "b": "active"}
+
+
+def test_where_nothing_signs_nobody_is_waited_for() -> None:
+    decision = decide({"b": STANDBY}, EU, 2000, POLICY, usable={"b"}, serving=served())
+    assert [r.state for r in decision.changes] == ["active"]
+
+
+def test_a_clock_that_is_off_moves_nothing_by_time_and_still_replaces_what_is_revoked() -> None:
+    held = {
+        "a": record("a", "active", active_at=0),
+        "b": record("b", "published", published_at=1),
+        "c": record("c", "retiring", retiring_at=1),
+    }
+    ten_years = 3.2e8
+    assert decide(held, EU, ten_years, POLICY, usable=set(held), clock_sound=False) == Decision()
+    moved = decide(held, EU, ten_years, POLICY, usable=set(held), revoked={"a"}, clock_sound=False)
+    assert {r.kid: r.state for r in moved.changes} == {"a": "compromised", "b": "active"}
 
 
 class Rotator(RuleBasedStateMachine):
@@ -184,7 +241,8 @@ class Rotator(RuleBasedStateMachine):
             if not decision.changes and not decision.create:
                 break
             self.apply(decision)
-        assert self.run(self.now) == Decision()
+        last = self.run(self.now)
+        assert (last.changes, last.create) == ((), False)
         states = [r.state for r in self.records.values()]
         assert states.count("active") == 1
         assert states.count("published") == 1
