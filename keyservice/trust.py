@@ -198,10 +198,16 @@ class TrustLog:
 
     async def tell_skew(self, skew_s: float, server_ms: int, regions: Collection[str]) -> dict[str, float]:
         """Say how far this region's clock is from the primary's; what every region says of its own, if lately."""
-        await self._primary.write("HSET", _clock_key(self._region), "skew_s", repr(skew_s), "at", server_ms)
+        try:
+            async with self._primary.redis.pipeline(transaction=True) as pipe:
+                pipe.hset(_clock_key(self._region), mapping={"skew_s": repr(skew_s), "at": str(server_ms)})
+                for region in regions:
+                    pipe.hmget(_clock_key(region), ["skew_s", "at"])
+                _, *told = await pipe.execute()
+        except (RedisError, OSError):
+            raise PrimaryUnreachable from None
         sightings = {}
-        for region in regions:
-            skew, at_ms = await self._primary.write("HMGET", _clock_key(region), "skew_s", "at")
+        for region, (skew, at_ms) in zip(regions, told, strict=True):
             if skew is not None and at_ms is not None and abs(server_ms - int(at_ms)) < SIGHTING_MAX_AGE_S * 1000:
                 sightings[region] = float(skew)
         return sightings
