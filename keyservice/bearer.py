@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from verifier.decision import Rules, Trust, check_revoked, check_static
+from verifier.decision import Rules, Trust, UnknownKid, check_revoked, check_static, find_revoked_kid
 from verifier.errors import InvalidToken
 from verifier.jwk import KeySet
 from verifier.revocations import Snapshot
@@ -84,7 +84,10 @@ class AdminBearer:
                 self._trust = Trust(self._rules, keys)
             verified = check_static(token, self._trust, self._clock())
             check_revoked(verified, self._snapshot())
-        except InvalidToken as error:
+        except InvalidToken as refused:
+            error = refused
+            if isinstance(refused, UnknownKid):  # perhaps it is gone because it was revoked
+                error = find_revoked_kid(refused, self._snapshot()) or refused
             raise BearerRefused(error.code, str(error), status=401) from None
         members = verified.members
         client_id = members.get("client_id")

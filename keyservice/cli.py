@@ -16,15 +16,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .admin_client import call_admin
 from .bridge_command import bridge
 from .cli_keepers import keepers
+from .cli_keys import keys
 from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError
 
 __all__ = ["main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-keys = typer.Typer(no_args_is_help=True, help="Signing keys of a running key service.")
 clients = typer.Typer(no_args_is_help=True, help="The clients file.")
 app.add_typer(keys, name="keys")
 app.add_typer(clients, name="clients")
@@ -79,43 +78,6 @@ def hash_secret(
         raise SettingError("secret_missing", "give a secret as an argument or on standard input")
     hashed = make(text)
     print(json.dumps({"secret_hash": hashed}) if as_json else hashed)
-
-
-@keys.command("list")
-def list_keys(as_json: Json = False) -> None:
-    """Every region's keys and their states."""
-    answer = call_admin("GET", "/admin/keys")
-    if as_json:
-        print(json.dumps(answer))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "region", "kid", "state", "published", "active", "retiring", title=f"generation {answer['generation']}"
-    )
-    for key in answer["keys"]:
-        times = (_utc(key[name]) for name in ("published_at", "active_at", "retiring_at"))
-        table.add_row(key["region"], key["kid"], key["state"], *times)
-    Console().print(table)
-
-
-@keys.command("rotate")
-def rotate_keys(as_json: Json = False) -> None:
-    """Replace the region's active key as soon as the publish lead allows."""
-    answer = call_admin("POST", "/admin/keys/rotate")
-    if as_json:
-        print(json.dumps(answer))
-    elif answer["activates_at"] is None:
-        print(f"{answer['region']}: {answer['active']} signs now; {answer['replaced']} only verifies")
-    else:
-        print(f"{answer['region']}: a successor of {answer['replaced']} signs from {_utc(answer['activates_at'])}")
-
-
-def _utc(seconds: int | None) -> str:
-    from datetime import UTC, datetime
-
-    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def run(command: Callable[[], Any]) -> int:

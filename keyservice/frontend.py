@@ -15,6 +15,7 @@ from .api import admin_keepers, admin_keys, admin_revocations, admin_sessions, f
 from .api.jwks import JwksFirst
 from .bearer import AdminBearer
 from .clients import Authenticator, Clients
+from .compromising import Compromiser
 from .envelope import Kek
 from .errors import KeySetUnavailable, SigningUnavailable, StartError
 from .evidence import Evidence, read_evidence
@@ -66,6 +67,16 @@ class Frontend:
             check_clock=service.beats.check_clock,
             enforce=service.enforce,
             metrics=service.metrics,
+        )
+        self._compromiser = Compromiser(
+            service.own,
+            service.trust,
+            self.revoker,
+            region=settings.region,
+            regions=service.receipts.regions,
+            tick=self.rotator.tick,
+            refresh=self._rotation.wake,
+            clock=service.clock,
         )
         self.feed = Feed(service.own, service.metrics)
         self._build_tokens(clients)
@@ -127,7 +138,9 @@ class Frontend:
                 clock=self._service.clock,
             ),
             admin_revocations.router(self._bearer, self.revoker),
-            admin_keys.router(self._bearer, self.ring, self.rotator, self._rotation.wake),
+            admin_keys.router(
+                self._bearer, self.ring, self.rotator, self._compromiser, settings, refresh=self._rotation.wake
+            ),
             admin_keepers.router(self._bearer, self._service.trust, self._own_evidence, self._primary_evidence),
         )
 
@@ -216,9 +229,11 @@ class Frontend:
         return self._service.mirror.snapshot.find(issuer=self._settings.issuer, kid=kid) is not None
 
     def look_for_kids(self, entries: list[Entry]) -> None:
-        """A revoked key of this region is replaced at once, not at the next tick."""
-        mine = {kid for kid, record in self.ring.records.items() if record.region == self._settings.region}
-        if any(entry.kind == "kid" and entry.value in mine for entry in entries):
+        """A revoked key is served no more at once, and one of this region is replaced, not at the next tick."""
+        hit = [r for e in entries if e.kind == "kid" and (r := self.ring.records.get(e.value)) is not None]
+        if hit:
+            self.ring.leave_out_revoked()
+        if any(record.region == self._settings.region for record in hit):
             self._rotation.wake()
 
     def reasons(self) -> dict[str, bool]:

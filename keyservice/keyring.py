@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -139,7 +140,7 @@ class Keyring:
         opened = await self._open(records, view.private)
         held = self.document.generation if self.document is not None else view.generation
         try:
-            document = make_document(records, max(held, view.generation))
+            document = make_document(self._unrevoked(records), max(held, view.generation))
         except JwksError as error:
             if error.reason != self.refused:
                 _log.error("key set not taken over", reason=error.reason)
@@ -152,6 +153,15 @@ class Keyring:
         self.records, self.document, self.refused = records, document or self.document, None
         self._over = frozenset()
         return not self.missing_private
+
+    def _unrevoked(self, records: Mapping[str, KeyRecord]) -> dict[str, KeyRecord]:
+        return {kid: record for kid, record in records.items() if not self._is_revoked(kid)}
+
+    def leave_out_revoked(self) -> None:
+        """Serve no revoked key any more, before its record says so; a set that would then be empty is left."""
+        if self.document is not None:
+            with suppress(JwksError):
+                self.document = make_document(self._unrevoked(self.records), self.document.generation) or self.document
 
     async def opens(self, view: KeysView) -> frozenset[str]:
         """The own kids of ``view`` whose private half opens."""

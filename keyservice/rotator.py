@@ -96,12 +96,15 @@ class Rotator:
         self._lock = asyncio.Lock()
         self.problem: str | None = None
 
-    async def tick(self) -> KeysView:
-        """Decide and act until nothing is left to do; the keys as they then are. Raises :class:`StoreError`."""
+    async def tick(self, replacing: str | None = None) -> KeysView:
+        """Decide and act until nothing is left to do; the keys as they then are. Raises :class:`StoreError`.
+
+        ``replacing`` is an active key that is to be replaced in this run, if the gate of its successor is open.
+        """
         async with self._lock:
             view = await self._read()
             for _ in range(ROTATION_STEPS_MAX):
-                if not await self._step(view):
+                if not await self._step(view, replacing):
                     break
                 view = await self._read()
             return view
@@ -123,6 +126,20 @@ class Rotator:
         when = gate.opens_at if now_active.kid == active.kid else None
         return RotationRequest(self._region, active.kid, now_active.kid, when, gate.waiting_for, gate.excused)
 
+    async def activate(self) -> RotationRequest:
+        """Replace the active key now. Raises :class:`StoreError`, RequestRefused: what it would have to wait for."""
+        view = await self.tick()
+        active = _active(view, self._region)
+        if active is None:
+            raise Refused("NO_ACTIVE_KEY")
+        view = await self.tick(active.kid)
+        now_active, gate = _active(view, self._region) or active, self.gate or Gate(None)
+        if now_active.kid == active.kid:
+            waits = f"until {gate.opens_at}" if gate.opens_at is not None else f"for {', '.join(gate.waiting_for)}"
+            waits = waits if gate.opens_at is not None or gate.waiting_for else "for a standby key"
+            raise RequestRefused("activation_too_early", f"the next key waits {waits}", status=409)
+        return RotationRequest(self._region, active.kid, now_active.kid, None, (), gate.excused)
+
     @property
     def _wish_key(self) -> str:
         return f"{{ks}}:rotation:{self._region}"
@@ -138,7 +155,7 @@ class Rotator:
         except msgspec.DecodeError:
             return None
 
-    async def _step(self, view: KeysView) -> bool:
+    async def _step(self, view: KeysView, replacing: str | None) -> bool:
         """One step; True if the keys changed, or were found changed."""
         foreign = self._ring.foreign_kek(view)
         if foreign is not None:
@@ -154,7 +171,7 @@ class Rotator:
             self._policy,
             usable=usable,
             revoked={kid for kid in view.records if self._is_revoked(kid)},
-            rotate_kid=wished,
+            rotate_kid=replacing or wished,
             serving=serving,
             clock_sound=clock_sound,
         )

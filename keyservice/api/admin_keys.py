@@ -1,23 +1,39 @@
-"""``/admin/keys``: every region's keys as they stand, and rotation of this region's."""
+"""``/admin/keys``: every region's keys as they stand, rotation of this region's, and taking any out of use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
 from keyservice.bearer import AdminBearer
-from keyservice.core.rotation import KeyRecord
-from keyservice.errors import Refused, SigningUnavailable
+from keyservice.compromising import Compromiser
+from keyservice.core.rotation import FINAL_STATES, KeyRecord
+from keyservice.errors import Refused, RequestRefused, SigningUnavailable
 from keyservice.keyring import Keyring
-from keyservice.rotator import Rotator
+from keyservice.rotator import RotationRequest, Rotator
+from keyservice.settings import Settings
 
+from .body import read_json
 from .problems import json_response
 
 __all__ = ["router"]
 
 READ_SCOPE = "keyservice:keys:read"
 ROTATE_SCOPE = "keyservice:keys:rotate"
+COMPROMISE_SCOPE = "keyservice:keys:compromise"
+
+
+class _Why(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    reason: str = "compromised"
+
+
+class _Which(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``all`` keys of this region: for a breached store, or its key-encryption key."""
+
+    all: bool
+    reason: str = "compromised"
 
 
 def _described(record: KeyRecord) -> dict[str, str | int | None]:
@@ -35,7 +51,15 @@ def _described(record: KeyRecord) -> dict[str, str | int | None]:
     }
 
 
-def router(bearer: AdminBearer, ring: Keyring, rotator: Rotator, refresh: Callable[[], None]) -> APIRouter:
+def router(
+    bearer: AdminBearer,
+    ring: Keyring,
+    rotator: Rotator,
+    compromiser: Compromiser,
+    settings: Settings,
+    *,
+    refresh: Callable[[], None],
+) -> APIRouter:
     """``refresh()`` asks for the new keys to be read soon."""
     routes = APIRouter(prefix="/admin/keys")
 
@@ -50,21 +74,64 @@ def router(bearer: AdminBearer, ring: Keyring, rotator: Rotator, refresh: Callab
     async def rotate(request: Request) -> Response:
         """200 if the successor signs already, 202 with the time at which it will."""
         bearer.check(request.headers.get("authorization"), ROTATE_SCOPE)
-        try:
-            outcome = await rotator.request()
-        except Refused as refused:
-            if refused.code != "NO_ACTIVE_KEY":
-                raise
-            raise SigningUnavailable("no_signing_key", "this region has no active key yet") from None
+        outcome = await _asked(rotator.request())
         refresh()
-        body = {
-            "region": outcome.region,
-            "replaced": outcome.replaced,
-            "active": outcome.active,
-            "activates_at": outcome.activates_at,
-            "waiting_for": list(outcome.waiting_for),
-            "excused": list(outcome.excused),
-        }
-        return json_response(body, 200 if outcome.active != outcome.replaced else 202)
+        return json_response(_outcome(outcome), 200 if outcome.active != outcome.replaced else 202)
+
+    @routes.post("/activate")
+    async def activate(request: Request) -> Response:
+        """The successor signs now, or 409 with what it waits for."""
+        bearer.check(request.headers.get("authorization"), ROTATE_SCOPE)
+        outcome = await _asked(rotator.activate())
+        refresh()
+        return json_response(_outcome(outcome))
+
+    async def compromise(records: list[KeyRecord], reason: str) -> Response:
+        """200 if every region was seen to refuse them, 202 while that is not known."""
+        done = await compromiser.compromise(records, reason)
+        body = done.document(
+            partition_budget_s=settings.partition_budget_s,
+            jwks_max_age_s=settings.jwks_max_age_s,
+            client_cache_max_s=settings.jwks_client_cache_max_s,
+        )
+        return json_response(body, 200 if done.complete else 202)
+
+    @routes.post("/compromise")
+    async def compromise_all(request: Request) -> Response:
+        bearer.check(request.headers.get("authorization"), COMPROMISE_SCOPE)
+        body = await read_json(request, _Which)
+        if not body.all:
+            raise RequestRefused("kid_missing", "say all: true, or POST /admin/keys/{kid}/compromise")
+        mine = [r for r in ring.records.values() if r.region == settings.region and r.state not in FINAL_STATES]
+        return await compromise(mine, body.reason)
+
+    @routes.post("/{kid}/compromise")
+    async def compromise_one(kid: str, request: Request) -> Response:
+        bearer.check(request.headers.get("authorization"), COMPROMISE_SCOPE)
+        body = await read_json(request, _Why)
+        record = ring.records.get(kid)
+        if record is None:
+            raise RequestRefused("key_unknown", "no key of any region has this kid", status=404)
+        return await compromise([record], body.reason)
 
     return routes
+
+
+async def _asked(work: Awaitable[RotationRequest]) -> RotationRequest:
+    try:
+        return await work
+    except Refused as refused:
+        if refused.code != "NO_ACTIVE_KEY":
+            raise
+        raise SigningUnavailable("no_signing_key", "this region has no active key yet") from None
+
+
+def _outcome(outcome: RotationRequest) -> dict[str, object]:
+    return {
+        "region": outcome.region,
+        "replaced": outcome.replaced,
+        "active": outcome.active,
+        "activates_at": outcome.activates_at,
+        "waiting_for": list(outcome.waiting_for),
+        "excused": list(outcome.excused),
+    }

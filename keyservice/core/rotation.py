@@ -44,6 +44,7 @@ __all__ = [
     "Policy",
     "Serving",
     "State",
+    "compromised",
     "decide",
     "gate",
     "live",
@@ -167,6 +168,11 @@ def _moved(record: KeyRecord, state: State, now: float) -> KeyRecord:
     moved = msgspec.structs.replace(record, state=state, rev=record.rev + 1)
     stamp = f"{state}_at"
     return msgspec.structs.replace(moved, **{stamp: math.ceil(now)}) if stamp in record.__struct_fields__ else moved
+
+
+def compromised(record: KeyRecord, now: float) -> KeyRecord:
+    """The record of a key that was taken out of use."""
+    return _moved(record, "compromised", now)
 
 
 @dataclass(slots=True)
