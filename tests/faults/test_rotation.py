@@ -24,12 +24,12 @@ async def served_kids(faults: FaultCluster, region: str) -> set[str]:
 
 async def signing_kid(faults: FaultCluster, region: str) -> str:
     keys = (await faults.callers[region].admin("GET", "/admin/keys")).json()["keys"]
-    return next(key["kid"] for key in keys if key["region"] == region and key["state"] == "active")
+    return next(str(key["kid"]) for key in keys if key["region"] == region and key["state"] == "active")
 
 
 async def standby_kid(faults: FaultCluster, region: str) -> str | None:
     keys = (await faults.callers[region].admin("GET", "/admin/keys")).json()["keys"]
-    return next((key["kid"] for key in keys if key["region"] == region and key["state"] == "published"), None)
+    return next((str(key["kid"]) for key in keys if key["region"] == region and key["state"] == "published"), None)
 
 
 async def rotated(faults: FaultCluster, region: str, old: str, within_s: float) -> str:
