@@ -18,12 +18,16 @@ import anyio.to_thread
 import pytest
 
 from tests.verifier import vectors
-from tests.verifier.http_server import JwksServer, drip, free_port, raw_server
+from tests.verifier.http_server import JwksServer, drip, free_port, patient, raw_server
 from tests.verifier.support import AUDIENCE, ISSUER, SECRET, code_of, live_token, members, sign_segments, until
 from verifier import InvalidToken, Undecidable, Verifier
 from verifier.jwks_client import JwksClient
 from verifier.limits import JWKS_BYTES_MAX
 from verifier.testing import SigningKey, StaticKeys, b64url
+
+__all__ = ["patient"]
+
+pytestmark = pytest.mark.usefixtures("patient")
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def serve() -> Iterator[Callable[..., JwksServer]]:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def impatient(patient: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter times, so that a test sees more than one cooldown."""
     monkeypatch.setattr("verifier.jwks_client.HTTP_TIMEOUT_S", 0.3)
     monkeypatch.setattr("verifier.keys.JWKS_COOLDOWN_S", 0.2)
@@ -68,14 +72,14 @@ def undecided(verifier: Verifier, token: str) -> str:
 def test_keys_are_fetched_and_then_nothing_is(key: SigningKey, serve: Callable[..., JwksServer]) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         for number in range(50):
             assert verifier.verify(live_token(key, jti=str(number)))
         assert len(server.requests) == 1
         status = verifier.status()
         assert (status.ready, status.keys) == (True, (key.kid,))
         assert status.keys_age_s is not None
-        assert status.keys_age_s < 10
+        assert status.keys_age_s < 60
 
 
 def test_the_second_request_names_the_etag_and_a_304_renews(
@@ -84,7 +88,7 @@ def test_the_second_request_names_the_etag_and_a_304_renews(
     server = serve(key)
     server.headers = {"ETag": '"one"', "Trust-Generation": "5-1"}
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.status, server.body = 304, b""
         assert undecided(verifier, live_token(other_key)) == "keys_behind"
         assert [request.get("if-none-match") for request in server.requests] == [None, '"one"']
@@ -98,7 +102,7 @@ def test_a_fresh_rotation_is_accepted_at_once_although_a_fetch_was_just_made(
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.serve_keys(key, other_key)
         assert verifier.verify(live_token(other_key))
         assert verifier.verify(live_token(key))
@@ -110,7 +114,7 @@ async def test_averify_waits_for_a_fresh_key_without_blocking_the_loop(
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.serve_keys(key, other_key)
         server.gate.clear()
         answers: list[Any] = []
@@ -131,7 +135,7 @@ def test_a_removed_key_stops_working_although_the_token_is_cached(
     server = serve(key)
     token = old_token(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         verifier.verify(token)
         server.serve_keys(other_key)
         assert verifier.verify(live_token(other_key))
@@ -146,7 +150,7 @@ def test_a_cached_token_without_kid_is_refused_once_a_second_key_fits(
     claims = json.dumps(members(iat=now - 600, exp=now + 900)).encode()
     token = sign_segments(key, b64url(b'{"alg":"RS256"}'), b64url(claims))
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert verifier.verify(token)
         assert verifier.verify(token)
         server.serve_keys(key, other_key)
@@ -160,7 +164,7 @@ def test_a_key_that_was_exchanged_under_its_kid_stops_working_although_the_token
     server = serve(key)
     token = live_token(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         verifier.verify(token)
         server.body = json.dumps(
             {"keys": [{**other_key.jwk, "kid": key.kid}, {**other_key.jwk, "kid": "new"}]}
@@ -178,29 +182,36 @@ def test_forged_kids_cause_two_fetches_a_cooldown_and_delay_no_known_key(
     server = serve(key)
     known = live_token(key)
     with verifier_of(server.url, token_cache_size=0) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.gate.clear()
         forging = threading.Thread(target=undecided, args=(verifier, live_token(key, header={"kid": "forged"})))
         forging.start()
         until(lambda: len(server.requests) == 2, "the fetch is in flight")
-        started = time.monotonic()
         assert verifier.verify(known)
-        assert time.monotonic() - started < 0.2
+        assert forging.is_alive()  # the fetch goes on: whoever waited for it would not be here
         server.gate.set()
         forging.join()
         started = time.monotonic()
         for number in range(300):
             assert undecided(verifier, live_token(key, header={"kid": f"forged-{number}"})) == "keys_behind"
-        assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 60  # one wait lasts 60 s here
         assert len(server.requests) == 2
 
 
 async def test_forged_kids_in_async_code_hold_one_thread_and_not_the_services_own(
-    key: SigningKey, serve: Callable[..., JwksServer]
+    key: SigningKey, serve: Callable[..., JwksServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = serve(key)
+    waits: list[float] = []
+    refresh = JwksClient.refresh
+
+    def counted(self: JwksClient, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        refresh(self, timeout_s)
+
+    monkeypatch.setattr(JwksClient, "refresh", counted)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.gate.clear()
         codes: list[str] = []
         forged = [live_token(key, header={"kid": f"forged-{number}"}) for number in range(200)]
@@ -214,12 +225,11 @@ async def test_forged_kids_in_async_code_hold_one_thread_and_not_the_services_ow
             for token in forged:
                 group.start_soon(forge, token)
             await anyio.lowlevel.checkpoint()
-            started = time.monotonic()
             await asyncio.to_thread(lambda: None)
-            assert time.monotonic() - started < 0.4  # one wait lasts 0.5
+            assert codes == []  # all of them wait, and there is a thread to be had
+            server.gate.set()
         assert codes == ["keys_behind"] * 200
-        assert time.monotonic() - started < 2
-        server.gate.set()
+        assert waits == [60.0]
 
 
 def test_an_unknown_kid_is_the_tokens_fault_only_after_a_fetch_that_began_late_enough(
@@ -227,7 +237,7 @@ def test_an_unknown_kid_is_the_tokens_fault_only_after_a_fetch_that_began_late_e
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert code_of(verifier, old_token(other_key)) == "kid_unknown"
         assert undecided(verifier, live_token(other_key)) == "keys_behind"
         assert len(server.requests) == 2  # for the first the set at hand was new enough
@@ -241,7 +251,7 @@ def test_a_token_without_iat_and_with_an_unknown_kid_is_refused_only_after_a_fet
     claims = members(iat=None, exp=int(time.time()) + 900)
     token = sign_segments(other_key, header, b64url(json.dumps(claims).encode()))
     with verifier_of(server.url, require_iat=False) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert code_of(verifier, token) == "kid_unknown"
         assert len(server.requests) == 2
 
@@ -251,7 +261,7 @@ def test_an_unknown_kid_is_undecidable_while_the_fetch_fails(
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.status = 500
         assert undecided(verifier, live_token(other_key)) == "keys_behind"
         assert verifier.verify(live_token(key))
@@ -262,7 +272,7 @@ def test_a_token_that_would_be_refused_anyway_causes_no_fetch(
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         now = int(time.time())
         for claims in ({"exp": now - 60}, {"iss": "x"}, {"aud": "x"}, {"iat": now + 3600, "exp": now + 3700}):
             with pytest.raises(InvalidToken):
@@ -279,18 +289,18 @@ def test_a_set_that_has_arrived_is_judged_by_although_the_verifier_was_not_told_
 
     def late(self: Verifier) -> None:
         if told_once.is_set():
-            told.wait(10)
+            told.wait(60)
         told_once.set()
         tell(self)
 
     monkeypatch.setattr(Verifier, "_keys_changed", late)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         until(told_once.is_set, "told of the first set")
         server.serve_keys(key, other_key)
         client = verifier._issuers[0].client
         assert client is not None
-        threading.Thread(target=client.refresh, args=(10,)).start()
+        threading.Thread(target=client.refresh, args=(60,)).start()
         until(lambda: other_key.kid in verifier.status().keys, "the set has arrived")
         try:
             assert verifier.verify(old_token(other_key))  # a valid token: not the token's fault
@@ -302,7 +312,7 @@ def test_wait_ready_means_that_verify_works(key: SigningKey, serve: Callable[...
     for _ in range(5):
         server = serve(key)
         with verifier_of(server.url) as verifier:
-            assert verifier.wait_ready(10)
+            assert verifier.wait_ready(60)
             assert verifier.verify(old_token(key))
 
 
@@ -335,14 +345,14 @@ WRONG: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_answer_is_a_failed_attempt_and_the_next_url_is_tried(
-    key: SigningKey, serve: Callable[..., JwksServer], wrong: dict[str, Any], impatient: None
+    key: SigningKey, serve: Callable[..., JwksServer], wrong: dict[str, Any]
 ) -> None:
     good, bad, elsewhere = serve(key), serve(key), serve(key)
     bad.status = wrong.get("status", 200)
     bad.body = wrong.get("body", bad.body)
     bad.headers = {name: value.format(good=elsewhere.url) for name, value in wrong.get("headers", {}).items()}
     with verifier_of(bad.url, good.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert verifier.verify(live_token(key))
         assert (len(bad.requests), len(good.requests), len(elsewhere.requests)) == (1, 1, 0)
         assert verifier.status().counters["fetch_errors"] == 1
@@ -354,7 +364,7 @@ def test_a_good_set_outlives_wrong_answers(
 ) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.status = WRONG[wrong].get("status", 200)
         server.body = WRONG[wrong].get("body", b"")
         assert undecided(verifier, live_token(other_key)) == "keys_behind"
@@ -368,7 +378,7 @@ def test_a_region_that_lags_behind_does_not_take_a_key_back(
     lagging, current = serve(key), serve(key, other_key)
     lagging.headers, current.headers = {"Trust-Generation": "5-1"}, {"Trust-Generation": "5-2"}
     with verifier_of(current.url, lagging.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         current.status = 503
         assert undecided(verifier, live_token(key, header={"kid": "unknown"})) == "keys_behind"
         assert len(lagging.requests) == 1
@@ -383,7 +393,7 @@ def test_an_etag_that_cannot_be_sent_back_does_not_end_fetching(
     server = serve(key)
     server.headers = {"ETag": etag}
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.serve_keys(key, other_key)
         assert verifier.verify(live_token(other_key))
         assert verifier.status().counters.get("failures", 0) == 0
@@ -428,9 +438,7 @@ def test_a_server_holds_the_fetch_no_longer_than_the_time_for_all_of_it(
 ) -> None:
     good = serve(key)
     with raw_server(answer) as url, verifier_of(url, good.url) as verifier:
-        started = time.monotonic()
-        assert verifier.wait_ready(10)
-        assert time.monotonic() - started < 2
+        assert verifier.wait_ready(60)  # the slow ones would take minutes, or for ever
         assert verifier.verify(live_token(key))
 
 
@@ -447,7 +455,7 @@ def test_started_with_everything_down_it_says_so_and_recovers(
         assert undecided(verifier, old_token(key)) == "keys_unavailable"
         assert not verifier.status().ready
         server.status = 200
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert verifier.verify(old_token(key))
 
 
@@ -457,7 +465,7 @@ def test_flapping_servers_are_asked_until_one_answers(
     server = serve(key)
     server.headers = {"Cache-Control": "max-age=1"}
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         server.status = 500
         until(lambda: verifier.status().counters.get("fetch_errors", 0) >= 2, "two failures")
         assert verifier.verify(live_token(key))
@@ -473,9 +481,6 @@ def test_keys_past_their_greatest_age_decide_nothing_and_work_again_after_a_fetc
     server.headers = {"Cache-Control": "max-age=1"}
     token, legacy = live_token(key), live_token(SECRET)
     with verifier_of(server.url, keys_max_age_s=1.2, hs256_secrets=[SECRET]) as verifier:
-        assert verifier.wait_ready(10)
-        assert verifier.verify(token)
-        server.status = 500
 
         def code() -> str | None:
             try:
@@ -484,6 +489,8 @@ def test_keys_past_their_greatest_age_decide_nothing_and_work_again_after_a_fetc
                 return error.code
             return None
 
+        until(lambda: code() is None, "good")
+        server.status = 500
         until(lambda: code() == "keys_unavailable", "too old, although the token is cached")
         assert verifier.verify(legacy)  # needs no fetched key
         server.status = 200
@@ -502,7 +509,7 @@ def test_proxy_variables_are_ignored(
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
     with verifier_of(serve(key).url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
 
 
 @pytest.mark.parametrize(
@@ -538,7 +545,7 @@ def test_closing_does_not_wait_for_a_slow_server(
     until(lambda: server.requests, "the fetch is in flight")
     started = time.monotonic()
     verifier.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 60  # the server would answer after two minutes
 
 
 def test_a_client_can_be_started_twice_closed_twice_and_started_again(
@@ -549,7 +556,7 @@ def test_a_client_can_be_started_twice_closed_twice_and_started_again(
     for _ in range(2):
         client.start()
         client.start()
-        assert client.wait_ready(10)
+        assert client.wait_ready(60)
         client.close()
         client.close()
     names = [thread.name for thread in threading.enumerate()]
@@ -559,7 +566,7 @@ def test_a_client_can_be_started_twice_closed_twice_and_started_again(
 def test_a_request_is_anonymous_and_asks_for_a_plain_set(key: SigningKey, serve: Callable[..., JwksServer]) -> None:
     server = serve(key)
     with verifier_of(server.url) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
     (request,) = server.requests
     assert not {"authorization", "cookie"} & set(request)
     assert request["accept-encoding"] == "identity"
