@@ -59,7 +59,7 @@ def mirroring(server: Server) -> Iterator[ReplicaMirror]:
     mirror = ReplicaMirror(server.url, tail_block_ms=20)
     mirror.start()
     try:
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         yield mirror
     finally:
         mirror.close()
@@ -472,7 +472,7 @@ async def test_a_verifier_that_starts_after_a_trim_refuses_what_lives(trim: Any,
         issuer=ISSUER, audience="orders", jwks_urls=None, jwks=StaticKeys(key).jwks, redis_url=server.url
     )
     with verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert _code(verifier, key, "revoked") == "token_revoked"
         assert _code(verifier, key, "good") is None
         assert verifier.status().fresh

@@ -352,7 +352,8 @@ def token_reply(**members: Any) -> bytes:
 def test_client_credentials_are_renewed_before_the_token_ends(
     feed: FeedServer, primary: Primary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(now=1_000.0, monotonic=lambda: clock.now)
+    clock: Any = SimpleNamespace(now=1_000.0)
+    clock.monotonic = lambda: clock.now
     monkeypatch.setattr("verifier.feed_tokens.time", clock)
     with token_server(token_reply(expires_in=40), token_reply()) as (url, asked):
         tokens = ClientCredentials(url, "orders", "s3cret", "https://id.test/admin")
