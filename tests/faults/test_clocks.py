@@ -137,7 +137,7 @@ async def readiness(faults: FaultCluster, region: str) -> dict[str, Any]:
 
 async def until_ready_is(faults: FaultCluster, region: str, *, skewed: bool) -> None:
     """Until a key service names its clock among what keeps it from being ready, or is ready."""
-    deadline = time.monotonic() + 40.0
+    deadline = time.monotonic() + 120.0
     while True:
         said = await readiness(faults, region)
         if ("clock_skew" in said["reasons"]) is skewed and (skewed or said["ready"]):
@@ -179,12 +179,12 @@ async def test_primary_whose_clock_is_off_has_everybody_say_so_and_nothing_is_lo
                     await until_ready_is(faults, region, skewed=True)
                     await assert_refuses_by_name(faults, region)
                 for recorder in faults.recorders.values():
-                    await asyncio.to_thread(recorder.wait_sample, lambda seen: not seen.fresh, 30.0)
+                    await asyncio.to_thread(recorder.wait_sample, lambda seen: not seen.fresh, 120.0)
             await wait_off(cluster, home, 0)
             for region in "abc":
                 await until_ready_is(faults, region, skewed=False)
                 (name,) = faults.mint_offline(1)
-                await replicated(faults, [await faults.revoke(name, via=region)], via=region, within_s=30.0)
+                await replicated(faults, [await faults.revoke(name, via=region)], via=region, within_s=120.0)
         assert epoch(cluster, home).number == number
         await healed(faults)
 
@@ -206,11 +206,11 @@ async def test_replica_whose_clock_is_off_un_revokes_nothing_and_its_verifier_st
                 await writers.more(5)
                 since = time.monotonic()
                 recorder = faults.recorders[region]
-                await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.mono > since + 3 and seen.fresh, 30.0)
+                await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.mono > since + 3 and seen.fresh, 120.0)
                 (name,) = faults.mint_offline(1)
                 revoked = await faults.revoke(name, via=home)
-                await replicated(faults, [revoked], via=region, within_s=30.0)
-                await asyncio.to_thread(recorder.wait_for, name, "revoked", 30.0)
+                await replicated(faults, [revoked], via=region, within_s=120.0)
+                await asyncio.to_thread(recorder.wait_for, name, "revoked", 120.0)
             await wait_off(cluster, region, 0)
             await writers.more(3)
         await healed(faults)
@@ -254,7 +254,7 @@ async def test_key_service_whose_clock_is_off_neither_signs_nor_beats_nor_revoke
                     made = [one for each, had in begun.items() for one in writers.made[each][had:]]
                     assert durabilities(made) <= {"replicated", "pending"}
                     for recorder in faults.recorders.values():
-                        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 30.0)
+                        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 120.0)
                 await until_ready_is(faults, region, skewed=False)
                 (name,) = faults.mint_offline(1)
                 assert (await faults.revoke(name, via=region)).acknowledged_mono is not None
@@ -272,7 +272,7 @@ async def test_verifier_whose_clock_is_off_says_that_it_is_not_fresh_and_still_e
         clock = Clock(directory / f"verifier-{off_s}.clock")
         settings = [f"{name}={value}" for name, value in clock.environment.items()]
         recorder = await faults.restart_recorder("b", program=("env", *settings, *PROGRAM))
-        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 30.0)
+        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 120.0)
         await faults.accepted_everywhere([*valid, *names])
         async with clock.off(faults, off_s, "the verifier of b"):
             await asyncio.to_thread(
@@ -281,11 +281,11 @@ async def test_verifier_whose_clock_is_off_says_that_it_is_not_fresh_and_still_e
             revoked = await faults.revoke_all(names, via="a")
             assert len([each for each in revoked if each.acknowledged_mono is not None]) == len(names)
             for name in names:
-                await asyncio.to_thread(recorder.wait_for, name, "revoked", 30.0)
+                await asyncio.to_thread(recorder.wait_for, name, "revoked", 120.0)
             since = time.monotonic()
-            await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.mono > since + 3.0, 30.0)
+            await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.mono > since + 3.0, 120.0)
             assert not [sample for sample in recorder.samples if sample.mono > since and sample.fresh]
-        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 30.0)
+        await asyncio.to_thread(recorder.wait_sample, lambda seen: seen.fresh, 120.0)
         await healed(faults)
 
 
