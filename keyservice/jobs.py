@@ -63,6 +63,16 @@ async def end(tasks: Collection[asyncio.Task[None]]) -> None:
         await asyncio.wait(tasks)
 
 
+def certain_skew_s(sent_at: float, server_at: float, now: float) -> float:
+    """Own clock minus the server's, which read ``server_at`` between ``sent_at`` and ``now``: the least that it can be.
+
+    A slow exchange says little: a stall of this process or of the server is no clock that is off.
+    """
+    doubt_s = max(0.0, now - sent_at) / 2
+    skew_s = (sent_at + now) / 2 - server_at
+    return math.copysign(max(0.0, abs(skew_s) - doubt_s), skew_s)
+
+
 class Beats:
     """Beats in the current epoch, and knows how far this machine's clock is from the primary's."""
 
@@ -86,7 +96,7 @@ class Beats:
         self._max_skew_s = max_skew_s
         self._clock = clock
         self.skew_s: float | None = None
-        """Own clock minus the primary's, measured at the last answer; None before the first."""
+        """Own clock minus the primary's, the least it can be by the last answer; None before the first."""
         self.problem: str | None = "not_started"
         """Why the last beat did not get through, or None."""
 
@@ -139,8 +149,8 @@ class Beats:
         return "written" if written else "young_enough"
 
     def _agree(self, sent_at: float, server_ms: int) -> bool:
-        """Compare the clocks: the server's was read half-way between sending and now."""
-        self.skew_s = (sent_at + self._clock()) / 2 - server_ms / 1000
+        """Compare the clocks: the server's was read at some time between sending and now."""
+        self.skew_s = certain_skew_s(sent_at, server_ms / 1000, self._clock())
         self._metrics.skew.set(self.skew_s)
         return not self.clocks_differ
 

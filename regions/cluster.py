@@ -47,7 +47,7 @@ SERVICES = ("redis", "sentinel", "keyservice", "admin", "orders", "login")
 
 ISSUER = "https://id.regions.test"
 AUDIENCE = "orders"
-READY_WITHIN_S = 30.0
+READY_WITHIN_S = 120.0
 """A server, a key service or an order service that takes longer on this machine is not going to be ready."""
 
 LOCK = ".cluster.lock"

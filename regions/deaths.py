@@ -29,7 +29,7 @@ from verifier.sentinel import Address
 
 __all__ = ["Deaths", "Service"]
 
-RETURN_WITHIN_S = 60.0
+RETURN_WITHIN_S = 180.0
 """An attempt at a failover takes up to 8 s, and a split vote costs another; a full synchronisation some more."""
 
 POLL_S = 0.05

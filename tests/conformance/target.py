@@ -33,7 +33,7 @@ from verifier.log import region_key
 ADMIN_PASSWORD = secrets.token_urlsafe(24)
 
 
-def until(condition: Any, timeout_s: float = 20) -> Any:
+def until(condition: Any, timeout_s: float = 60) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
         assert time.monotonic() < deadline, "it did not happen in time"

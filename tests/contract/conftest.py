@@ -39,7 +39,7 @@ class KeyService:
     def kill(self, how: int = signal.SIGKILL) -> None:
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(20)
+            self.process.wait(60)
             self.process = None
 
     @property
@@ -52,13 +52,15 @@ class KeyService:
 
     def token(self, client: str = "orders", **form: str) -> str:
         form = {"grant_type": "client_credentials", **form}
-        answer = httpx.post(f"{self.url}/oauth2/token", data=form, auth=(client, "s3cret"), trust_env=False)
+        answer = httpx.post(f"{self.url}/oauth2/token", data=form, auth=(client, "s3cret"), trust_env=False, timeout=60)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["access_token"])
 
     def admin(self, method: str, path: str, body: Any = None) -> Any:
         headers = {"Authorization": f"Bearer {self.token('ops', audience=f'{ISSUER}/admin')}"}
-        answer = httpx.request(method, f"{self.admin_url}{path}", json=body, headers=headers, trust_env=False)
+        answer = httpx.request(
+            method, f"{self.admin_url}{path}", json=body, headers=headers, trust_env=False, timeout=60
+        )
         assert answer.is_success, answer.text
         return answer.json()
 
@@ -69,8 +71,17 @@ class KeyService:
     def rotate(self) -> str:
         """Rotate, wait until the successor signs, and give its kid."""
         before = self.admin("POST", "/admin/keys/rotate")["replaced"]
-        until(lambda: self.active() != before, 20)
+        until(lambda: self.active() != before)
         return self.active()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The verifier takes a slow key service for a slow one, not for a dead one."""
+    monkeypatch.setattr("verifier.jwks_client.HTTP_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("verifier.verifier.UNKNOWN_KID_WAIT_S", 60.0)
+    monkeypatch.setattr("verifier.feed.FEED_CONNECT_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("verifier.feed.FEED_READ_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture
@@ -97,7 +108,8 @@ def keyservice(run_dir: Path, server: Server, keyservice_settings: dict[str, str
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
-        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "60",
+        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "600",
+        "KEYSERVICE_RECEIPT_WAIT_MS": "20000",
         "KEYSERVICE_JWKS_MAX_AGE_S": "1",
         "KEYSERVICE_MAX_SKEW_S": "0.1",
         "KEYSERVICE_REPLICATION_LAG_S": "0",
@@ -109,7 +121,7 @@ def keyservice(run_dir: Path, server: Server, keyservice_settings: dict[str, str
     made = KeyService(public, admin, server.url, environment)
     try:
         made.start()
-        until(lambda: len(httpx.get(made.jwks_url, trust_env=False).json()["keys"]) == 2, 60)
+        until(lambda: len(httpx.get(made.jwks_url, trust_env=False, timeout=60).json()["keys"]) == 2, 60)
         yield made
     finally:
         made.kill(signal.SIGTERM)
@@ -118,7 +130,7 @@ def keyservice(run_dir: Path, server: Server, keyservice_settings: dict[str, str
 def _is_ready(url: str) -> Callable[[], bool]:
     def ask() -> bool:
         try:
-            answer = httpx.get(url, trust_env=False)
+            answer = httpx.get(url, trust_env=False, timeout=60)
             return answer.status_code == 200 and "epoch_closed" not in answer.json()["warnings"]
         except httpx.HTTPError:
             return False

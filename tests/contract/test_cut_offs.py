@@ -34,14 +34,14 @@ def verifier(keyservice: KeyService) -> Iterator[Verifier]:
         redis_url=keyservice.redis_url,
         hs256_secrets=[HS256_SECRET],
     ) as made:
-        assert made.wait_ready(30)
+        assert made.wait_ready(60)
         yield made
 
 
 def of_a_clock(ahead_s: float, sub: str = "ada") -> str:
     """A token that another issuer of the same secret makes now, by a clock that is ahead."""
     iat = math.floor(time.time() + ahead_s)
-    claims = {"iss": ISSUER, "aud": "orders", "sub": sub, "iat": iat, "exp": iat + 60, "jti": f"{sub}-{ahead_s}"}
+    claims = {"iss": ISSUER, "aud": "orders", "sub": sub, "iat": iat, "exp": iat + 600, "jti": f"{sub}-{ahead_s}"}
     return jwt.encode(claims, HS256_SECRET, "HS256")
 
 
@@ -65,7 +65,7 @@ def test_whoever_signs_in_again_within_the_same_second_is_not_locked_out(
     verifier.verify(before)
     log_out_everywhere(keyservice)
     again = keyservice.admin("POST", "/admin/sessions", LOG_IN)["access_token"]
-    until(lambda: is_refused(verifier, before), 30)
+    until(lambda: is_refused(verifier, before))
     claims = verifier.verify(again)
     cut_off_at = keyservice.admin("GET", "/admin/revocations?kind=sub")["revocations"][0]["before"]
     assert claims["iat"] <= cut_off_at, "the cut-off reaches beyond the new token, which names it"
@@ -79,7 +79,7 @@ def test_a_token_from_before_it_is_refused_though_its_clock_was_ahead_by_less_th
     for token in (*inside, outside):
         verifier.verify(token)
     log_out_everywhere(keyservice)
-    until(lambda: is_refused(verifier, inside[0]), 30)
+    until(lambda: is_refused(verifier, inside[0]))
     assert all(is_refused(verifier, token) for token in inside)
     assert not is_refused(verifier, outside)
 
@@ -87,14 +87,14 @@ def test_a_token_from_before_it_is_refused_though_its_clock_was_ahead_by_less_th
 def test_nobody_elses_tokens_are_hit(keyservice: KeyService, verifier: Verifier) -> None:
     hers, his = of_a_clock(0.0), of_a_clock(0.0, "bob")
     log_out_everywhere(keyservice)
-    until(lambda: is_refused(verifier, hers), 30)
+    until(lambda: is_refused(verifier, hers))
     assert verifier.verify(his).subject == "bob"
 
 
 def test_other_peoples_strict_libraries_accept_the_token_of_a_log_in_right_after_it(keyservice: KeyService) -> None:
     log_out_everywhere(keyservice)
     token = keyservice.admin("POST", "/admin/sessions", LOG_IN)["access_token"]
-    document = httpx.get(keyservice.jwks_url, trust_env=False).json()
+    document = httpx.get(keyservice.jwks_url, trust_env=False, timeout=60).json()
     key = jwt.PyJWKSet.from_dict(document)[jwt.get_unverified_header(token)["kid"]]
     claims = jwt.decode(token, key, ["RS256"], audience="orders", issuer=ISSUER, leeway=0)  # refuses a future iat
     assert claims["after"]

@@ -31,7 +31,7 @@ def make(keyservice: KeyService, **settings: Any) -> Verifier:
 @pytest.fixture
 def verifier(keyservice: KeyService) -> Iterator[Verifier]:
     with make(keyservice) as made:
-        assert made.wait_ready(10)
+        assert made.wait_ready(60)
         yield made
 
 
@@ -48,7 +48,7 @@ def test_a_revocation_is_enforced_over_the_feed(keyservice: KeyService, verifier
     assert verifier.verify(token).subject == "orders"
     began = time.monotonic()
     receipt = keyservice.admin("POST", "/admin/revocations", {"token": token})
-    until(lambda: refused(verifier, token), 5)
+    until(lambda: refused(verifier, token))
     print(f"enforced {1000 * (time.monotonic() - began):.0f} ms after the request")
     verifier.verify(other)
     verifier.verify(other, min_position=receipt["position"])
@@ -62,13 +62,13 @@ def test_a_key_service_that_went_away_takes_no_revocation_along_and_is_followed_
     tokens = [keyservice.token() for _ in range(3)]
     for number, how in enumerate((signal.SIGKILL, signal.SIGTERM)):
         keyservice.admin("POST", "/admin/revocations", {"token": tokens[number]})
-        until(lambda n=number: refused(verifier, tokens[n]), 15)  # type: ignore[misc]
+        until(lambda n=number: refused(verifier, tokens[n]))  # type: ignore[misc]
         keyservice.kill(how)
-        until(lambda: verifier.status().problem is not None, 10)
+        until(lambda: verifier.status().problem is not None)
         assert refused(verifier, tokens[number])
         verifier.verify(tokens[2])
         keyservice.start()
-        until(lambda: verifier.status().problem is None, 15)
+        until(lambda: verifier.status().problem is None)
     assert verifier.status().counters.get("rereads", 0) == 0
     assert verifier.status().counters["entries_read"] == 3  # each once: the epoch's, and two
 
@@ -78,18 +78,18 @@ def test_a_key_service_whose_replica_is_gone_says_so(
 ) -> None:
     token = keyservice.token()
     keyservice.admin("POST", "/admin/revocations", {"token": token})
-    until(lambda: refused(verifier, token), 5)
+    until(lambda: refused(verifier, token))
     server.kill()
-    until(lambda: verifier.status().problem == "replica_unreachable", 10)
+    until(lambda: verifier.status().problem == "replica_unreachable")
     assert refused(verifier, token)
     server.start()
-    until(lambda: verifier.status().problem in (None, "no_trust_log"), 15)
+    until(lambda: verifier.status().problem in (None, "no_trust_log"))
     assert refused(verifier, token)
 
 
 def ask(keyservice: KeyService, token: str | None) -> httpx.Response:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    with httpx.stream("GET", keyservice.feed_url, headers=headers, trust_env=False) as answer:
+    with httpx.stream("GET", keyservice.feed_url, headers=headers, trust_env=False, timeout=60) as answer:
         if answer.status_code != 200:
             answer.read()
         return answer
@@ -126,10 +126,10 @@ def test_what_is_wrong_with_a_feed_stands_in_the_status(keyservice: KeyService) 
     )
     for settings, problem in wrong:
         with make(keyservice, **settings) as verifier:
-            until(lambda v=verifier, p=problem: v.status().problem == p, 10)  # type: ignore[misc]
+            until(lambda v=verifier, p=problem: v.status().problem == p)  # type: ignore[misc]
             assert not verifier.status().ready
 
 
 def test_the_client_whose_feed_it_is_can_be_cut_off(keyservice: KeyService, verifier: Verifier) -> None:
     keyservice.admin("POST", "/admin/revocations", {"kind": "client", "value": "mirrors"})
-    until(lambda: verifier.status().counters.get("disconnects", 0) > 0, 20)
+    until(lambda: verifier.status().counters.get("disconnects", 0) > 0)

@@ -20,7 +20,7 @@ def by_pyjwt(client: jwt.PyJWKClient, token: str) -> dict[str, Any]:
 
 
 def by_joserfc(keyservice: KeyService, token: str) -> dict[str, Any]:
-    keys = joserfc_jwk.KeySet.import_key_set(httpx.get(keyservice.jwks_url, trust_env=False).json())
+    keys = joserfc_jwk.KeySet.import_key_set(httpx.get(keyservice.jwks_url, trust_env=False, timeout=60).json())
     decoded = joserfc_jwt.decode(token, keys, algorithms=["RS256"])
     joserfc_jwt.JWTClaimsRegistry(
         iss={"essential": True, "value": ISSUER}, aud={"essential": True, "value": "orders"}, exp={"essential": True}

@@ -22,7 +22,7 @@ def verifier(keyservice: KeyService) -> Iterator[Verifier]:
         hs256_secrets=[HS256_SECRET],
     )
     with made:
-        assert made.wait_ready(10)
+        assert made.wait_ready(60)
         yield made
 
 
@@ -40,11 +40,11 @@ def test_log_in_accepted_log_out_refused(keyservice: KeyService, verifier: Verif
     claims = verifier.verify(session["access_token"])
     assert (claims.subject, claims["sid"], claims["scope"]) == ("ada", session["sid"], "orders:read")
     keyservice.admin("DELETE", f"/admin/sessions/{session['sid']}")
-    until(lambda: refused(verifier, session["access_token"]), 5)
+    until(lambda: refused(verifier, session["access_token"]))
     verifier.verify(other["access_token"])
 
     keyservice.admin("POST", "/admin/revocations", {"kind": "sub", "value": "ada"})
-    until(lambda: refused(verifier, other["access_token"]), 5)
+    until(lambda: refused(verifier, other["access_token"]))
     fresh = keyservice.admin("POST", "/admin/sessions", wanted)
     verifier.verify(fresh["access_token"])
 
@@ -54,7 +54,7 @@ def test_single_tokens_of_both_kinds_are_revoked_by_themselves(keyservice: KeySe
         token, other = keyservice.token(client, **form), keyservice.token(client, **form)
         verifier.verify(token)
         keyservice.admin("POST", "/admin/revocations", {"token": token})
-        until(lambda token=token: refused(verifier, token), 5)  # type: ignore[misc]
+        until(lambda token=token: refused(verifier, token))  # type: ignore[misc]
         verifier.verify(other)
 
 
@@ -73,7 +73,7 @@ def test_a_rotation_and_then_the_retired_key_is_revoked(keyservice: KeyService, 
             return True
         return False
 
-    until(is_refused, 5)
+    until(is_refused)
     verifier.verify(new)
 
 
@@ -81,19 +81,19 @@ def test_an_entry_deleted_behind_everybody_comes_back_and_whoever_starts_later_i
     keyservice: KeyService, verifier: Verifier, server: Server
 ) -> None:
     token, other = keyservice.token(), keyservice.token()
-    until(lambda: verifier.status().fresh, 15)
+    until(lambda: verifier.status().fresh)
     receipt = keyservice.admin("POST", "/admin/revocations", {"token": token})
     keyservice.admin("POST", "/admin/revocations", {"token": other})
-    until(lambda: refused(verifier, other), 5)
+    until(lambda: refused(verifier, other))
     epoch = verifier.status().epoch
     with server.client() as client:
         assert client.xdel(LOG_KEY, receipt["position"].partition(".")[0]) == 1
-    until(lambda: verifier.status().epoch != epoch and verifier.status().fresh, 15)
+    until(lambda: verifier.status().epoch != epoch and verifier.status().fresh)
     assert refused(verifier, token)
     answered = verifier.status().epoch
     later = Verifier(issuer=ISSUER, audience="orders", jwks_urls=[keyservice.jwks_url], redis_url=keyservice.redis_url)
     with later:
-        assert later.wait_ready(10)
-        until(lambda: later.status().fresh, 15)
+        assert later.wait_ready(60)
+        until(lambda: later.status().fresh)
         assert refused(later, token)
         assert later.status().epoch == answered  # one new epoch was enough

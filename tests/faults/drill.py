@@ -23,13 +23,13 @@ from verifier.log import EPOCH_KEY, Epoch
 SHORT: dict[str, Any] = {"max_staleness_s": 2.0}
 """A verifier that is cut off says so soon, so a test need not be long to see it."""
 
-PROMOTED_WITHIN_S = 60.0
+PROMOTED_WITHIN_S = 180.0
 """A split vote costs an attempt of 8 s; a busy machine some more."""
 
 POLL_S = 0.05
 
 
-async def until(done: Callable[[], Any], what: str, within_s: float = 60.0) -> Any:
+async def until(done: Callable[[], Any], what: str, within_s: float = 120.0) -> Any:
     """What `done` gives once that is true of it; it is called in a thread, because it may ask servers."""
     deadline = time.monotonic() + within_s
     while not (found := await asyncio.to_thread(done)):
@@ -151,7 +151,7 @@ async def _read_receipt(faults: FaultCluster, revocation: Revocation, via: str) 
         revocation.acknowledge(receipt["durability"], receipt["position"], time.monotonic())
 
 
-async def healed(faults: FaultCluster, *, within_s: float = 60.0) -> str:
+async def healed(faults: FaultCluster, *, within_s: float = 120.0) -> str:
     """Once a primary is settled and everything with a receipt is replicated: all that is promised holds.
 
     Returns the primary's region. Every acknowledged revocation counts from then on, also what was pending.

@@ -201,11 +201,11 @@ async def test_primary_whose_clock_is_off_is_named_by_everybody_and_no_region_st
                     await assert_signs(faults, region)
                     assert (await readiness(faults, region))["beat"] == "primary_clock"
                 for recorder in faults.recorders.values():
-                    await asyncio.to_thread(recorder.wait_sample, lambda seen: not seen.fresh, 60.0)
+                    await asyncio.to_thread(recorder.wait_sample, lambda seen: not seen.fresh, 120.0)
                 (meanwhile,) = faults.mint_offline(1)
                 await faults.revoke(meanwhile, via=home)
                 for recorder in faults.recorders.values():
-                    await asyncio.to_thread(recorder.wait_for, meanwhile, "revoked", 60.0)
+                    await asyncio.to_thread(recorder.wait_for, meanwhile, "revoked", 120.0)
             await wait_off(cluster, home, 0)
             for region in "abc":
                 await until_ready_is(faults, region, skewed=False)

@@ -30,7 +30,7 @@ async def test_what_is_revoked_while_the_primary_is_out_of_memory_is_replicated_
                 await faults.accepted_everywhere(names)
                 pending = [await faults.revoke(name, via=region) for name, region in zip(names, "abc", strict=True)]
                 assert {each.durability for each in pending} == {"pending"}
-                stale = await aside(lambda: faults.recorders["a"].wait_sample(lambda sample: not sample.fresh, 30.0))
+                stale = await aside(lambda: faults.recorders["a"].wait_sample(lambda sample: not sample.fresh, 120.0))
                 assert stale.reason == "stale"
             finally:
                 server.config_set("maxmemory", 0)

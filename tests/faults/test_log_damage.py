@@ -69,7 +69,7 @@ async def test_everybody_is_fresh_again_soon_when_the_beat_of_an_old_epoch_is_de
             gone = time.monotonic()
             for recorder in faults.recorders.values():
                 later = gone + MAX_STALENESS_S
-                await aside(recorder.wait_sample, lambda sample: sample.fresh and sample.mono > later, 30.0)  # noqa: B023
+                await aside(recorder.wait_sample, lambda sample: sample.fresh and sample.mono > later, 120.0)  # noqa: B023
         await traffic.flows()
         assert root.open_epoch().number == before.number
 

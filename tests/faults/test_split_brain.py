@@ -46,9 +46,9 @@ async def test_zombie_with_writers_acknowledges_nothing_goes_stale_and_its_tail_
                 primary = await settled_primary(cluster, other_than=zombie)
                 await until(lambda: epoch(cluster, primary).open, "the new epoch is open")
                 side = faults.recorders[zombie]
-                stale = await asyncio.to_thread(side.wait_sample, lambda seen: not seen.fresh, 30.0)
+                stale = await asyncio.to_thread(side.wait_sample, lambda seen: not seen.fresh, 120.0)
                 for region in set("abc") - {zombie}:
-                    await asyncio.to_thread(faults.recorders[region].wait_sample, lambda seen: seen.fresh, 30.0)
+                    await asyncio.to_thread(faults.recorders[region].wait_sample, lambda seen: seen.fresh, 120.0)
                 begun = len(writers.made[zombie]), len(writers.made[primary])
                 await writers.more(10, zombie, primary)
                 there = writers.made[zombie][begun[0] :]
@@ -109,7 +109,7 @@ async def test_tail_of_an_old_primary_that_died_is_added_from_its_regions_keeper
                 assert not ids & faults.log_ids(primary)
                 cluster.link.restore(old)
                 await asyncio.to_thread(cluster.restart_server, old)
-                await replicated(faults, tail, via=primary, within_s=60.0)
+                await replicated(faults, tail, via=primary, within_s=120.0)
                 assert role(cluster, old) == "slave"
         await healed(faults)
 
@@ -133,7 +133,7 @@ async def test_with_a_minority_of_the_sentinels_revocations_wait_and_none_is_los
                 begun = {region: len(made) for region, made in writers.made.items()}
                 await writers.more(20)
                 for region in others:
-                    await asyncio.to_thread(faults.recorders[region].wait_sample, lambda seen: not seen.fresh, 30.0)
+                    await asyncio.to_thread(faults.recorders[region].wait_sample, lambda seen: not seen.fresh, 120.0)
                 assert {role(cluster, region) for region in others} == {"slave"}
                 waiting = {region: made[begun[region] :] for region, made in writers.made.items()}
                 assert [durabilities(made) for made in waiting.values()] == [{"pending"}] * 3, problems(faults)
@@ -141,8 +141,8 @@ async def test_with_a_minority_of_the_sentinels_revocations_wait_and_none_is_los
                     await asyncio.to_thread(cluster.return_sentinel, region)
                 primary = await settled_primary(cluster, other_than=dead)
                 for region in others:
-                    await replicated(faults, waiting[region], via=primary, within_s=60.0)
+                    await replicated(faults, waiting[region], via=primary, within_s=120.0)
                 await asyncio.to_thread(cluster.restart_server, dead)
-                await replicated(faults, waiting[dead], via=primary, within_s=60.0)  # its keeper sees a log again
+                await replicated(faults, waiting[dead], via=primary, within_s=120.0)  # its keeper sees a log again
             await writers.more(3)
         await healed(faults)

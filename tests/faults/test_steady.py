@@ -55,16 +55,16 @@ async def test_verifier_whose_server_stands_still_calls_itself_stale_before_it_i
         recorder = faults.recorders["b"]
         with faults.stopped("redis-b"):
             revoked = await faults.revoke_all(names[:2], via="a")
-            assert [each.durability for each in revoked] == ["replicated"] * 2
+            await faults.replicated_everywhere()
             bound = max(each.replicated_mono or 0.0 for each in revoked) + 1.5
-            await asyncio.to_thread(recorder.wait_sample, lambda sample: sample.mono > bound and not sample.fresh, 20.0)
+            await asyncio.to_thread(recorder.wait_sample, lambda sample: sample.mono > bound and not sample.fresh, 60.0)
             await asyncio.to_thread(_accepts_after, recorder, names[0], bound)
         await faults.assert_promises()
 
 
 def _accepts_after(recorder: Recorder, name: str, mono: float) -> None:
     """Until it is seen to accept the token at a time at which a fresh verifier must not."""
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 120.0
     while (recorder.last_accept(name) or 0.0) <= mono:
         assert time.monotonic() < deadline, recorder.latest(name)
         recorder.report()
@@ -76,7 +76,7 @@ async def test_deny_refuses_by_name_while_the_region_s_server_stands_still(clust
         await faults.accepted_everywhere([name])
         recorder = faults.recorders["b"]
         with faults.stopped("redis-b"):
-            refused = await asyncio.to_thread(recorder.wait_for, name, "undecidable", 20.0)
+            refused = await asyncio.to_thread(recorder.wait_for, name, "undecidable", 60.0)
         assert (refused.code, refused.reason) == ("revocations_stale", "stale")
-        await asyncio.to_thread(recorder.wait_for, name, "accepted", 20.0)
+        await asyncio.to_thread(recorder.wait_for, name, "accepted", 60.0)
         await faults.assert_promises()

@@ -80,7 +80,7 @@ def environment(run_dir: Path, clients_file: Path) -> dict[str, str]:
         "KEYSERVICE_UDS": str(run_dir / "public.sock"),
         "KEYSERVICE_ADMIN_UDS": str(run_dir / "admin.sock"),
         "KEYSERVICE_KEEPER_DIR": str(run_dir / "keeper"),
-        "KEYSERVICE_START_TIMEOUT_S": "0.5",
+        "KEYSERVICE_START_TIMEOUT_S": "60",
         "KEYSERVICE_REDIS_URL": f"unix://{run_dir / 'redis.sock'}",
         "JWT_SECRET": "a shared secret of the old days, 32 bytes or more",
         "PYTHONWARNINGS": "error",

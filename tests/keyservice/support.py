@@ -81,7 +81,7 @@ audiences = ["orders"]
 """
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
     """Poll until ``condition()`` is true, and give what it gave; fail when it takes too long."""
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
@@ -155,7 +155,8 @@ class Server:
 
 
 def http(path: Path) -> httpx.Client:
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keyservice.test")
+    transport = httpx.HTTPTransport(uds=str(path))
+    return httpx.Client(transport=transport, base_url="http://keyservice.test", timeout=60)
 
 
 def listens(path: Path) -> bool:
@@ -215,11 +216,11 @@ class Running:
     async def bearer(self, client: str = "ops", **form: str) -> dict[str, str]:
         return {"Authorization": f"Bearer {await self.token(client, audience=f'{ISSUER}/admin', **form)}"}
 
-    async def ready(self, timeout_s: float = 30) -> None:
+    async def ready(self, timeout_s: float = 60) -> None:
         """Signing, and in an open epoch."""
         await self.until(lambda: self.service.readiness().ready and self.is_open, timeout_s)
 
-    async def until(self, condition: Callable[[], Any], timeout_s: float = 30) -> Any:
+    async def until(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
         import anyio
 
         deadline = time.monotonic() + timeout_s

@@ -177,7 +177,7 @@ async def test_a_receipt_claims_no_more_than_is_known(
 async def eventually_replicated(running: Running, entry_id: str) -> dict[str, Any]:
     """The receipt, once it says so."""
     headers = await running.bearer()
-    with anyio.fail_after(30):
+    with anyio.fail_after(60):
         while True:
             answer = await running.admin.get(f"/admin/revocations/{entry_id}", headers=headers)
             if answer.status_code == 200 and answer.json()["durability"] == "replicated":

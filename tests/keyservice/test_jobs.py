@@ -6,10 +6,11 @@ import asyncio
 from typing import Any, cast
 
 import anyio
+import pytest
 from apscheduler.events import EVENT_JOB_EXECUTED, EVENT_JOB_MAX_INSTANCES
 from structlog.testing import capture_logs
 
-from keyservice.jobs import RotationJob, repeat
+from keyservice.jobs import RotationJob, certain_skew_s, repeat
 from keyservice.telemetry import Metrics
 
 
@@ -57,7 +58,7 @@ async def test_a_run_that_takes_longer_than_a_tick_is_not_complained_about_and_n
     job = RotationJob(cast(Any, rotator), Metrics("eu"), tick_s=0.1)
     job._scheduler.add_listener(on_event, EVENT_JOB_EXECUTED | EVENT_JOB_MAX_INSTANCES)
     job.start()
-    with anyio.fail_after(30), capture_logs() as logs:
+    with anyio.fail_after(60), capture_logs() as logs:
         await three_ticks.wait()
         assert EVENT_JOB_MAX_INSTANCES not in job_events
         assert rotator.runs == 1
@@ -65,3 +66,22 @@ async def test_a_run_that_takes_longer_than_a_tick_is_not_complained_about_and_n
         await rotator.third.wait()
     assert "error" in {line["log_level"] for line in logs}
     await job.stop()
+
+
+@pytest.mark.parametrize(
+    ("sent_at", "server_at", "now", "skew_s"),
+    [
+        (100.0, 100.0, 100.0, 0.0),
+        (102.0, 100.0, 102.0, 2.0),
+        (98.0, 100.0, 98.0, -2.0),
+        (100.0, 100.0, 103.0, 0.0),  # a slow answer, or a stall of ours
+        (100.0, 103.0, 103.0, 0.0),  # a slow question
+        (100.0, 103.5, 103.0, -0.5),
+        (100.0, 99.5, 103.0, 0.5),
+        (103.0, 100.0, 100.0, 1.5),  # our clock was set back meanwhile
+    ],
+)
+def test_clocks_differ_by_no_more_than_a_slow_exchange_leaves_no_doubt_about(
+    sent_at: float, server_at: float, now: float, skew_s: float
+) -> None:
+    assert certain_skew_s(sent_at, server_at, now) == pytest.approx(skew_s)

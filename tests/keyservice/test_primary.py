@@ -81,7 +81,10 @@ def test_the_own_server_cannot_be_named_through_sentinels(make_settings: Callabl
 # -- real servers -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_write_under_way_when_the_node_moves_is_unknown_at_once(start_server: Callable[..., Server]) -> None:
+async def test_a_write_under_way_when_the_node_moves_is_unknown_at_once(
+    start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("keyservice.store.PRIMARY_TIMEOUT_S", 120.0)
     one, two = start_server("one"), start_server("two")
     node = Node(one.url)
     await node.write("SET", "k", "1")
@@ -93,7 +96,7 @@ async def test_a_write_under_way_when_the_node_moves_is_unknown_at_once(start_se
         await node.move(two.url)
         with pytest.raises(OutcomeUnknown):
             await waiting
-        assert time.monotonic() - began < 1.5  # the time-out of a write is 2 s
+        assert time.monotonic() - began < 60  # the time-out of a write is twice that here
         assert await node.write("GET", "k") is None
     await node.close()
 

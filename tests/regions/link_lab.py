@@ -108,7 +108,7 @@ class Recorder:
         return b"".join(data for _, data in self.arrivals)
 
 
-async def until(condition: Callable[[], bool], *, timeout_s: float = 20) -> None:
+async def until(condition: Callable[[], bool], *, timeout_s: float = 60) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - what is waited for happens in code that knows nothing of the test
             await asyncio.sleep(0.005)

@@ -98,7 +98,7 @@ async def test_other_regions_write_again_without_a_restart_and_the_dead_one_retu
 
 def regions(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "regions", *arguments, "--var", str(cluster.file_path.parent)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 async def test_a_planned_failover_under_load_loses_no_acknowledged_revocation(cluster: Cluster) -> None:

@@ -1,4 +1,4 @@
-"""The link proxy over real sockets. Lower bounds on time are exact; upper bounds only tell one lag from many."""
+"""The link proxy over real sockets. Lower bounds on time are exact; upper bounds only tell one lag from twenty."""
 
 from __future__ import annotations
 
@@ -46,44 +46,43 @@ async def test_each_direction_takes_its_own_lag(lab: LabFactory) -> None:
         back_at = time.monotonic()
     assert answered_at - sent_at >= 0.050
     assert back_at - answered_at >= 0.150
-    assert back_at - sent_at < 2
 
 
 async def test_the_pair_of_regions_chooses_the_lag(lab: LabFactory) -> None:
     recorder = Recorder()
-    # Any other link than c→a (and a→c for the handshake) would take ten seconds.
+    # Any other link than c→a (and a→c for the handshake) would take more than half a minute.
     async with lab(recorder, {("c", "a"): 30, ("a", "c"): 30}, default_ms=10_000) as links:
         _, writer = await links.call("127.0.3.1")
         sent_at = time.monotonic()
         writer.write(b"x")
-        await until(lambda: bool(recorder.arrivals), timeout_s=5)
+        await until(lambda: bool(recorder.arrivals), timeout_s=25)
     assert recorder.arrivals[0][0] - sent_at >= 0.030
 
 
 async def test_inside_a_region_there_is_no_lag(lab: LabFactory) -> None:
     async with lab(echo, default_ms=10_000) as links:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(25):
             await warmed(await links.call("127.0.1.9"))
         assert (await links.counters()).pair("a", "a").connections == 1
 
 
 async def test_a_first_request_takes_two_round_trips(lab: LabFactory) -> None:
-    async with lab(echo, {("b", "a"): 40, ("a", "b"): 60}) as links:
+    async with lab(echo, {("b", "a"): 400, ("a", "b"): 600}) as links:
         started_at = time.monotonic()
         await warmed(await links.call("127.0.2.1"))
-        assert 0.2 <= time.monotonic() - started_at < 2
+        assert 2 <= time.monotonic() - started_at < 20
 
 
 async def test_a_hundred_messages_share_one_lag(lab: LabFactory) -> None:
     recorder = Recorder()
-    async with lab(recorder, default_ms=40) as links:
+    async with lab(recorder, default_ms=600) as links:
         _, writer = await links.call("127.0.2.1")
         started_at = time.monotonic()
         for i in range(100):  # far enough apart that each is a chunk of its own
             writer.write(b"%03d" % i)
             await asyncio.sleep(0.001)
         await until(lambda: len(recorder.data) == 300)
-    assert recorder.arrivals[-1][0] - started_at < 2  # 4 s if one waited for the other
+    assert recorder.arrivals[-1][0] - started_at < 30  # a minute if one waited for the other
     assert recorder.data == b"".join(b"%03d" % i for i in range(100))
 
 
@@ -157,7 +156,7 @@ async def test_a_server_that_closes_ends_the_connection_after_its_last_bytes(lab
 
     async with lab(goodbye, default_ms=20) as links:
         reader, _ = await links.call("127.0.2.1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             assert await reader.read(-1) == b"goodbye"
 
 
@@ -170,7 +169,7 @@ async def test_a_caller_that_resets_ends_the_servers_connection_one_lag_later(la
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset_at = time.monotonic()
         sock.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await recorder.ended.wait()
         assert time.monotonic() - reset_at >= 0.050
 
@@ -185,7 +184,7 @@ async def test_a_server_that_dies_resets_a_caller_who_goes_on_sending(lab: LabFa
         writer.write(b"x")
         assert await reader.read(-1) == b""
         with pytest.raises(ConnectionError):
-            await send_for(writer, seconds=10)
+            await send_for(writer, seconds=60)
 
 
 async def send_for(writer: asyncio.StreamWriter, seconds: float) -> None:
@@ -201,14 +200,14 @@ async def test_a_server_that_is_not_there_resets_the_caller_and_is_counted(lab: 
         links.control.with_name("server.sock").unlink()
         reader, _ = await links.call("127.0.2.1")
         with pytest.raises(ConnectionResetError):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await reader.read(-1)
         assert (await links.counters()).refused == {"a": 1, "b": 0, "c": 0}
 
 
 async def test_an_unbound_caller_is_served_without_lag_and_counted(lab: LabFactory) -> None:
     async with lab(echo, default_ms=10_000) as links:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(25):
             await warmed(await links.call(None))
         counters = await links.counters()
     assert counters.unbound == {"a": 1, "b": 0, "c": 0}
@@ -230,7 +229,7 @@ async def test_an_httpx_client_with_a_local_address_is_seen_in_its_region(lab: L
 
     async with lab(http) as links:
         transport = httpx.AsyncHTTPTransport(local_address="127.0.3.1")
-        async with httpx.AsyncClient(transport=transport) as client:
+        async with httpx.AsyncClient(transport=transport, timeout=60) as client:
             assert (await client.get(f"http://{ADDRESS['a']}:{links.port}/")).status_code == 204
         counters = await links.counters()
     assert counters.pair("c", "a").connections == 1
@@ -312,7 +311,7 @@ def test_the_process_says_ready_once_it_listens_and_stops_on_a_signal(config_fil
         listener = json.loads(config_file.read_bytes())["listeners"][0]
         socket.create_connection((listener["address"], listener["port"])).close()
         process.send_signal(number)
-        assert process.wait(timeout=20) == ExitCode.OK
+        assert process.wait(timeout=60) == ExitCode.OK
     finally:
         process.kill()
         process.communicate()
@@ -321,7 +320,7 @@ def test_the_process_says_ready_once_it_listens_and_stops_on_a_signal(config_fil
 def test_the_process_names_what_is_wrong_with_its_configuration(run_dir: Path) -> None:
     (run_dir / "bad.json").write_text('{"listeners": 3}')
     process = start(run_dir / "bad.json")
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (ExitCode.COULD_NOT_RUN, b"")
     assert err.startswith(b"error [link_failed]: link configuration: ")
     assert b"Traceback" not in err

@@ -78,17 +78,29 @@ async def elsewhere(links: Lab) -> None:
     """A round trip from c to a and back on a new connection."""
     reader, writer = await links.call(C)
     writer.write(b"ping")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await reader.readexactly(4) == b"pong"
 
 
 async def is_reset(reader: asyncio.StreamReader) -> bool:
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await reader.read(-1)
     except ConnectionResetError:
         return True
     return False
+
+
+async def opened_in_time(links: Lab, server: Server) -> tuple[float, asyncio.StreamReader]:
+    """A connection that was answered before its time was over, and when it was begun: a slow machine tries again."""
+    async with asyncio.timeout(60):
+        while True:
+            began_at = time.monotonic()
+            try:
+                reader, _ = await opened(links, server)
+            except (ConnectionError, asyncio.IncompleteReadError):
+                continue
+            return began_at, reader
 
 
 def nothing_came(reader: asyncio.StreamReader) -> bool:
@@ -252,7 +264,7 @@ async def test_a_new_connection_hangs_during_a_hold_of_either_way(lab: LabFactor
         assert server.calls == 1  # from elsewhere
         assert nothing_came(reader)
         await to_thread(links.link.heal)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await reader.readexactly(4) == b"pong"
 
 
@@ -305,7 +317,7 @@ async def test_a_timeout_closes_open_and_new_connections_without_delivering(
         await to_thread(links.link.timeout, *way, 200)
         new, _ = await links.call(B)
         (writer.write if way == ("b", "a") else server.send)(b"never")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await reader.read(-1) == b""
             assert time.monotonic() - began_at >= 0.2
             assert await new.read(-1) == b""
@@ -333,8 +345,7 @@ async def test_reset_peer_resets_open_and_new_connections_after_its_time(lab: La
         assert await is_reset(reader)
         assert time.monotonic() - began_at >= 0.2
         await until(lambda: server.ended == 1)
-        began_at = time.monotonic()
-        new, _ = await opened(links, server)  # until then bytes pass
+        began_at, new = await opened_in_time(links, server)  # until then bytes pass
         assert await is_reset(new)
         assert time.monotonic() - began_at >= 0.2
         await to_thread(links.link.heal)
@@ -430,7 +441,7 @@ async def test_a_region_that_is_cut_off_reaches_no_other_and_none_reaches_it(lab
         assert all(nothing_came(reader) for reader, _ in hanging)
         await to_thread(links.link.restore, "b")
         for reader, _ in hanging:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 assert await reader.readexactly(4) == b"pong"
 
 
@@ -438,7 +449,7 @@ async def warmed_locally(links: Lab) -> None:
     """Inside a region that is cut off everything goes on."""
     reader, writer = await links.call(B, "b")
     writer.write(b"ping")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert await reader.readexactly(4) == b"pong"
 
 
@@ -450,9 +461,9 @@ async def test_healing_ends_every_fault_and_keeps_the_lag(lab: LabFactory) -> No
     async with lab(server, default_ms=30) as links:
         reader, writer = await opened(links, server)
         for break_it in (
-            lambda link: link.latency("b", "a", 5_000),
+            lambda link: link.latency("b", "a", 100_000),
             lambda link: link.bandwidth("a", "b", 1),
-            lambda link: link.slicer("a", "b", 1, 0, 1_000_000),
+            lambda link: link.slicer("a", "b", 1, 0, 100_000_000),
             lambda link: link.hold_both("a", "b"),
             lambda link: link.cut("c"),
             lambda link: link.down("c", "a"),
@@ -461,7 +472,7 @@ async def test_healing_ends_every_fault_and_keeps_the_lag(lab: LabFactory) -> No
         await to_thread(links.link.heal)
         sent_at = time.monotonic()
         writer.write(b"ping")
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(60):
             assert await reader.readexactly(4) == b"pong"
         assert time.monotonic() - sent_at >= 0.06
         await elsewhere(links)
@@ -547,7 +558,7 @@ async def test_five_hundred_connections_survive_a_hold_and_are_reset_by_a_cut(la
 
 
 async def until_lost(links: Lab, count: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await links.counters()).pair("b", "a").bytes_lost < count:  # noqa: ASYNC110 - counted elsewhere
             await asyncio.sleep(0.005)
 

@@ -17,7 +17,7 @@ from regions.link_rules import LinkConfig, Listener, link_config
 from regions.topology import Topology
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 def gates() -> Gates:

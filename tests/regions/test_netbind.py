@@ -104,7 +104,7 @@ def server(tls: bool, certificate: Path) -> Iterator[PingServer]:
 @pytest.fixture
 def common(tls: bool, certificate: Path) -> dict[str, Any]:
     """What every client here is given besides its source address."""
-    kwargs: dict[str, Any] = {"socket_timeout": 20, "protocol": 2}
+    kwargs: dict[str, Any] = {"socket_timeout": 60, "protocol": 2}
     return {**kwargs, "ssl_ca_certs": str(certificate)} if tls else kwargs
 
 

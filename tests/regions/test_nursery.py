@@ -34,7 +34,7 @@ PARENT_OF_SLEEPER = [
 ]
 """Prints the pid of a child of its own, and ends after the given seconds, leaving that child behind."""
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def is_running(pid: int) -> bool:

@@ -69,13 +69,13 @@ class FeedServer:
         self._stopping, self._listening = asyncio.Event(), threading.Event()
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(listener),))
         self._thread.start()
-        assert self._listening.wait(20)
+        assert self._listening.wait(60)
 
     def stop(self) -> None:
         """As the key service stops: streams are ended by name."""
         if self._thread is not None and self._loop is not None:
             self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(20)
+            self._thread.join(60)
             self._thread = None
 
     async def _run(self, listener: socket.socket) -> None:

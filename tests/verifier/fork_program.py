@@ -24,7 +24,7 @@ def main(settings: dict[str, Any]) -> None:
 
     tokens = settings.pop("tokens")
     verifier = Verifier(**settings).start()
-    say(ready=verifier.wait_ready(20), good=outcome(tokens["good"]), revoked=outcome(tokens["revoked"]))
+    say(ready=verifier.wait_ready(60), good=outcome(tokens["good"]), revoked=outcome(tokens["revoked"]))
     sys.stdin.readline()
     child = os.fork()
     if child:
@@ -35,7 +35,7 @@ def main(settings: dict[str, Any]) -> None:
     status = verifier.status()
     say(cached=status.token_cache_entries, staleness_s=status.staleness_s, good=outcome(tokens["good"]))
     sys.stdin.readline()
-    say(ready=verifier.wait_ready(20), good=outcome(tokens["good"]), revoked=outcome(tokens["revoked"]))
+    say(ready=verifier.wait_ready(60), good=outcome(tokens["good"]), revoked=outcome(tokens["revoked"]))
     verifier.close()
     os._exit(0)
 

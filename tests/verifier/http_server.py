@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
 from verifier.testing import SigningKey, StaticKeys
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that a slow machine does not reach, for tests that count fetches or wait for the one they caused."""
+    monkeypatch.setattr("verifier.jwks_client.HTTP_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("verifier.keys.JWKS_COOLDOWN_S", 600.0)
+    monkeypatch.setattr("verifier.verifier.UNKNOWN_KID_WAIT_S", 60.0)
 
 
 class JwksServer:
@@ -30,7 +40,7 @@ class JwksServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.requests.append({name.lower(): value for name, value in self.headers.items()})
-                outer.gate.wait(20)
+                outer.gate.wait(120)
                 with contextlib.suppress(OSError):
                     self.send_response(outer.status)
                     for name, value in {"Content-Length": str(len(outer.body)), **outer.headers}.items():

@@ -24,7 +24,7 @@ ISSUER = "https://id.test"
 AUDIENCE = "orders"
 NOW = 1_800_000_000
 SECRET = "a shared secret of more than thirty-two bytes"
-WAIT_S = 15.0
+WAIT_S = 60.0
 
 
 def until(condition: Callable[[], object], what: str, within_s: float = WAIT_S) -> None:

@@ -60,7 +60,7 @@ def test_a_forked_child_starts_over_never_synced_and_then_works(key: SigningKey,
                     child, parent = hear(), hear()
                     assert child == {"ready": True, "good": "ada", "revoked": "token_revoked"}
                     assert parent == {"good": "ada", "revoked": "token_revoked"}
-                    assert process.wait(20) == 0
+                    assert process.wait(60) == 0
                 finally:
                     process.kill()
     finally:

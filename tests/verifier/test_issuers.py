@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.verifier.http_server import JwksServer
+from tests.verifier.http_server import JwksServer, patient
 from tests.verifier.support import AUDIENCE, ISSUER, NOW, SECRET, code_of, live_token, refusal, token_of, until
 from verifier import ConfigurationError, Issuer, Undecidable, Verifier
 from verifier.testing import ManualClock, SigningKey, StaticKeys, StaticRevocations
+
+__all__ = ["patient"]
+
+pytestmark = pytest.mark.usefixtures("patient")
 
 OTHER = "https://other.example"
 OTHER_SECRET = SECRET[::-1]

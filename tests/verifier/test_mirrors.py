@@ -38,7 +38,7 @@ def test_the_first_read_brings_everything_and_the_tail_what_follows(
     primary.append(*live("jti", ["a", "b"]), *live("sub", ["ada"]))
     primary.beat()
     with mirroring(server) as mirror:
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         reaches(mirror, primary.position)
         assert holds(mirror, "a")
         assert mirror.view.snapshot.entries == 3
@@ -55,7 +55,7 @@ def test_ten_thousand_entries_are_read_at_once(mirroring: Mirroring, server: Ser
     primary.append(*live("jti", [f"t-{n}" for n in range(10_000)]))
     primary.beat()
     with mirroring(server) as mirror:
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         assert mirror.view.snapshot.entries == 10_000
         assert str(mirror.view.position) == primary.position
         assert mirror.counters["entries_read"] == 10_001
@@ -69,7 +69,7 @@ def test_a_log_about_as_long_as_a_batch_is_read_whole(
 ) -> None:
     primary.append(*live("jti", [f"t-{n}" for n in range(count - 1)]))
     with mirroring(server) as mirror:
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         assert (mirror.view.snapshot.entries, mirror.counters["rereads"]) == (count - 1, 0)
 
 
@@ -78,7 +78,7 @@ def test_a_log_that_appears_later_is_waited_for(mirroring: Mirroring, server: Se
         until(lambda: mirror.view.problem == "no_trust_log", "the empty server is named")
         assert not mirror.wait_synced(0)
         primary = Primary(client)
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         reaches(mirror, primary.position)
 
 
@@ -357,9 +357,10 @@ def test_a_log_that_contradicts_itself_is_not_read_in_a_tight_loop(
     primary.append(*live("jti", ["a"]))
     with mirroring(server) as mirror:
         until(lambda: mirror.counters["rereads"] >= 3, "read again")
-        before, over = mirror.counters["rereads"], time.monotonic() + 0.6
-        until(lambda: time.monotonic() > over, "a while")
-        assert mirror.counters["rereads"] - before <= 5  # rounds are of 20 ms here
+        began, before = time.monotonic(), mirror.counters["rereads"]
+        until(lambda: time.monotonic() > began + 0.6, "a while")
+        rereads, took_s = mirror.counters["rereads"] - before, time.monotonic() - began
+        assert rereads <= 5 * took_s / 0.6  # rounds are of 20 ms here
         assert holds(mirror, "a")
         assert not staleness(mirror).fresh
 

@@ -102,5 +102,5 @@ def test_a_mirror_closed_in_its_first_read_is_not_synced_when_started_again(
         assert not mirror.view.freshness.synced
         assert mirror.view.snapshot.entries < 300
         mirror.start()
-        assert mirror.wait_synced(10)
+        assert mirror.wait_synced(60)
         assert holds(mirror, "t-299")

@@ -145,7 +145,7 @@ def test_a_mirror_finds_its_own_regions_server_and_another_when_that_is_gone(lab
         )
         mirror.start()
         try:
-            assert mirror.wait_synced(30)
+            assert mirror.wait_synced(60)
             assert server_of(mirror) == home.address
             lab.kill_server("b")
             log.append(entry("jti", "two", id="two"))
