@@ -139,8 +139,10 @@ def challenge_for(error: VerifierError) -> Challenge:
     return Challenge(503, None, error.code, str(error), retry_after_s)
 
 
-def check_scopes(claims: Claims, scopes: Collection[str]) -> None:
-    """Raises :class:`Challenge` (403 ``insufficient_scope``) unless the token has every one of ``scopes``."""
+def check_scopes(claims: Claims | None, scopes: Collection[str]) -> None:
+    """Raises :class:`Challenge` unless the token has every one of ``scopes`` (403), or if there is none (401)."""
+    if claims is None:
+        raise Challenge(401)
     if not claims.scopes.issuperset(scopes):
         needed = " ".join(sorted(scopes))
         raise Challenge(403, "insufficient_scope", detail="the token lacks a scope that is needed", scope=needed)
