@@ -11,6 +11,7 @@ import sys
 
 BENCHMARKS = (
     "verify_speed",
+    "http_share",
     "link_accuracy",
     "revocation_lag",
     "receipts",

@@ -10,11 +10,10 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping, Seq
 from typing import Any, Final
 
 from .bearer import Challenge, claims_variable
-from .claims import Claims
 from .guard import Guard, below, path_prefixes
 from .verifier import Verifier
 
-__all__ = ["AuthMiddleware", "refuse", "verified_by"]
+__all__ = ["VERIFIED_BY", "AuthMiddleware", "refuse"]
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,7 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _POLICY_VIOLATION, _TRY_AGAIN_LATER = 1008, 1013  # RFC 6455 section 7.4.1, and the IANA registry of close codes
-_VERIFIED_BY: Final = "verifier.verified_by"
+_GUARDED: Final = ("http", "websocket")
+VERIFIED_BY: Final = "verifier.verified_by"
 _DENIAL: Final = "websocket.http.response"
 
 
@@ -62,7 +62,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
-        if scope["type"] not in ("http", "websocket") or below(scope["path"], self._public_paths):
+        if scope["type"] not in _GUARDED or (self._public_paths and below(scope["path"], self._public_paths)):
             await self._app(scope, receive, send)
             return
         claims = self._guard.glance(scope["headers"])
@@ -74,18 +74,12 @@ class AuthMiddleware:
                 await refuse(scope, send, challenge, self._guard.realm)
                 return
         scope.setdefault("state", {})["claims"] = claims
-        scope[_VERIFIED_BY] = (self._verifier, claims)
+        scope[VERIFIED_BY] = (self._verifier, claims)
         reset = claims_variable.set(claims)
         try:
             await self._app(scope, receive, send)
         finally:
             claims_variable.reset(reset)
-
-
-def verified_by(scope: Scope, verifier: Verifier) -> tuple[Claims | None] | None:
-    """What the middleware found with this very verifier, as a tuple of one; None if it was not asked."""
-    found = scope.get(_VERIFIED_BY)
-    return (found[1],) if found is not None and found[0] is verifier else None
 
 
 async def refuse(

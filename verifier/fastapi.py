@@ -13,9 +13,9 @@ Behind :class:`verifier.asgi.AuthMiddleware` with the same verifier nothing is v
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from .asgi import verified_by
+from .asgi import VERIFIED_BY, Scope
 from .bearer import Challenge, claims_variable
 from .claims import Claims
 from .guard import Guard
@@ -75,26 +75,31 @@ class OptionalBearer(SecurityBase):
             trust_position=settings.get("trust_position", True),
             realm=settings.get("realm"),
         )
+        self._glance = self._guard.glance
         self.scheme_name = settings.get("scheme_name", "bearer")
         self.model = HTTPBearerModel(bearerFormat="JWT", description=settings.get("description"))
 
-    async def _claims(self, connection: HTTPConnection, scopes: Collection[str]) -> Claims | None:
-        scope = connection.scope
+    async def _admit(self, scope: Scope, scopes: Collection[str]) -> Claims | None:
+        """The long way."""
         try:
-            known = verified_by(scope, self._verifier)
-            if known is not None:
-                return self._guard.recheck(known[0], required=self._required, scopes=scopes)
-            claims = None if scopes else self._guard.glance(scope["headers"])
-            if claims is None:
-                claims = await self._guard.admit(scope["headers"], required=self._required, scopes=scopes)
+            verifier, claims = scope.get(VERIFIED_BY, (None, None))
+            if verifier is self._verifier:  # the middleware's claims, which are current already
+                return self._guard.recheck(claims, required=self._required, scopes=scopes)
+            claims = await self._guard.admit(scope["headers"], required=self._required, scopes=scopes)
         except Challenge as challenge:
             raise AuthError(challenge, self._guard.realm) from challenge
-        claims_variable.set(claims)  # the rest of this request's task; threads of sync endpoints inherit it
+        claims_variable.set(claims)  # for the rest of this request's task; threads of sync endpoints inherit it
         return claims
 
     async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Claims | None:
         """The dependency. Raises :class:`AuthError`."""
-        return await self._claims(connection, security_scopes.scopes)
+        scope = connection.scope
+        if not security_scopes.scopes and VERIFIED_BY not in scope:
+            claims = self._glance(scope["headers"])
+            if claims is not None:
+                claims_variable.set(claims)
+                return claims
+        return await self._admit(scope, security_scopes.scopes)
 
 
 class Bearer(OptionalBearer):
@@ -102,11 +107,10 @@ class Bearer(OptionalBearer):
 
     _required = True
 
-    async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Claims:
-        """The dependency. Raises :class:`AuthError`."""
-        claims = await self._claims(connection, security_scopes.scopes)
-        assert claims is not None
-        return claims
+    if TYPE_CHECKING:
+
+        async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Claims:
+            """The dependency, which never gives None. Raises :class:`AuthError`."""
 
 
 def bearer(verifier: Verifier, **settings: Unpack[BearerSettings]) -> Bearer:

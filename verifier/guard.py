@@ -36,7 +36,7 @@ class Guard:
     stands in every challenge. Raises :class:`~verifier.ConfigurationError`.
     """
 
-    __slots__ = ("_scopes", "_trust_position", "realm", "verifier")
+    __slots__ = ("_remembered", "_scopes", "_trust_position", "realm", "verifier")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Guard:
         realm: str | None = None,
     ) -> None:
         self.verifier = verifier
+        self._remembered = verifier.remembered
         self.realm = checked_realm(realm)
         self._scopes = checked_scopes(scopes)
         self._trust_position = trust_position
@@ -63,7 +64,7 @@ class Guard:
                 return None
         if found is None or found[:7] != _SCHEME:
             return None
-        claims = self.verifier.remembered(found[7:].decode("latin-1"))
+        claims = self._remembered(found[7:].decode("latin-1"))  # no token has what is not ASCII: not found
         if claims is not None and self._scopes and not claims.scopes.issuperset(self._scopes):
             return None
         return claims

@@ -59,24 +59,36 @@ async def test_a_request_with_a_position_is_judged_by_what_was_known_there(key: 
     assert (answers[0].status_code, answers[0].json()["code"]) == (401, "token_revoked")
 
 
-async def test_a_position_that_is_not_reached_is_503_and_the_loop_goes_on(key: SigningKey) -> None:
-    mirrored = Mirrored(key, min_position_wait_s=0.3)
-    async with client_of(AuthMiddleware(who, mirrored.verifier)) as client, anyio.create_task_group() as group:
-        served_meanwhile = 0
+class Held(Waiting):
+    """Gives up on a position when the test says so."""
 
-        async def others() -> None:
-            nonlocal served_meanwhile
-            while True:
-                assert (await client.get("/", headers=bearer(token_of(key)))).status_code == 200
-                served_meanwhile += 1
-                await anyio.sleep(0.001)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.give_up = threading.Event()
 
-        group.start_soon(others)
-        answer = await client.get("/", headers=at(token_of(key), f"1-9.{NONCE}"))
-        group.cancel_scope.cancel()
-    assert (answer.status_code, answer.json()["code"]) == (503, "position_not_reached")
-    assert answer.headers["retry-after"] == "1"
-    assert served_meanwhile > 3
+    def wait_position(self, reached: Any, timeout_s: float) -> bool:
+        self.waiting.set()
+        assert self.give_up.wait(60)
+        return False
+
+
+async def test_while_one_request_waits_for_its_position_the_loop_serves_others(key: SigningKey) -> None:
+    source = Held(clock=ManualClock(NOW))
+    verifier = make_verifier(key, redis_url=source, min_position_wait_s=0.1).start()
+    answers: list[httpx.Response] = []
+    async with client_of(AuthMiddleware(who, verifier)) as client, anyio.create_task_group() as group:
+
+        async def ask() -> None:
+            answers.append(await client.get("/", headers=at(token_of(key), f"1-9.{NONCE}")))
+
+        group.start_soon(ask)
+        assert await anyio.to_thread.run_sync(source.waiting.wait, 20)
+        assert (await client.get("/", headers=bearer(token_of(key)))).status_code == 200
+        assert not answers
+        source.give_up.set()
+    verifier.close()
+    assert (answers[0].status_code, answers[0].json()["code"]) == (503, "position_not_reached")
+    assert answers[0].headers["retry-after"] == "1"
 
 
 async def test_who_has_no_good_token_makes_nobody_wait(key: SigningKey, other_key: SigningKey) -> None:
