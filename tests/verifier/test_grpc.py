@@ -206,6 +206,9 @@ class Asked:
     async def averify(self, token: str) -> Claims:
         return self.verify(token)
 
+    def remembered(self, token: str) -> Claims | None:
+        return self._verifier.remembered(token)
+
 
 def test_a_client_with_a_retry_policy_comes_again_when_it_was_told_to(server: Server, key: SigningKey) -> None:
     mirrored = Mirrored(key, synced=False)
