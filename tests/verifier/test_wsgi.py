@@ -34,7 +34,7 @@ class Application:
         start_response("200 OK", [("content-type", "text/plain")])
         if environ["PATH_INFO"].startswith("/stream"):
             return Stream(self)
-        assert claims == "nothing set" or current_claims() is claims
+        assert current_claims() is (None if claims == "nothing set" else claims)
         return [(claims if isinstance(claims, str) else str(claims and claims.subject)).encode()]
 
 
