@@ -29,8 +29,9 @@ _HEADERS: Final = (("HTTP_AUTHORIZATION", b"authorization"), ("HTTP_TRUST_POSITI
 class AuthMiddleware:
     """Verifies the bearer token of every request: :class:`verifier.asgi.AuthMiddleware` for WSGI, with its settings.
 
-    The verifier must have been started; under a server that forks it starts over by itself in each worker. Apache's
-    mod_wsgi hands on the header only with ``WSGIPassAuthorization On``.
+    The verifier must have been started; where a server forks after that, it starts over by itself in each worker
+    (``wait_ready`` first, so that no fork falls into a fetch). Apache's mod_wsgi hands on the header only with
+    ``WSGIPassAuthorization On``.
     """
 
     def __init__(

@@ -84,9 +84,8 @@ part = {part}
 part.start()
 child = os.fork()
 if child == 0:
-    import httpx
-    httpx.HTTPTransport().close()
-    os._exit(0)
+    import httpcore, httpx
+    os._exit(0 if hasattr(httpx, "HTTPTransport") and hasattr(httpcore, "ConnectionPool") else 1)
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 part.close()
 sys.exit(status)

@@ -152,6 +152,7 @@ from verifier import Verifier, current_claims
 from verifier.wsgi import AuthMiddleware
 
 verifier = Verifier.from_env().start()  # in the parent, before it forks
+assert verifier.wait_ready(60)
 
 def application(environ, start_response):
     start_response("200 OK", [("content-type", "text/plain")])
