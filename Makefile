@@ -149,6 +149,11 @@ $(FUZZ_MADE): $(FUZZ) | $(INSTALLED)
 		echo "atheris has wheels for Linux on x86-64 and arm64, CPython 3.11 to 3.13; the corpus itself is replayed by 'make test'" >&2; exit 1; }
 	@touch $@
 
+.PHONY: test-gateway
+test-gateway: install ## the gateway behind Debian's nginx, unpacked into .cache (needs apt-get), or NGINX=program
+	@$(if $(NGINX),,tests/conformance/fetch-servers $(CACHE)/servers bookworm/nginx)
+	@$(PY) -m pytest tests/verifier/test_gateway_nginx.py -m system $(ARGS)
+
 FAKETIME = command -v faketime >/dev/null || { echo "make $@ needs libfaketime: Debian and Ubuntu, apt-get install faketime" >&2; exit 1; }
 
 .PHONY: test-clocks
@@ -159,6 +164,8 @@ test-clocks: install ## a cluster whose clocks are turned (needs libfaketime: ap
 .PHONY: test-all
 test-all: install ## every test, also slow ones and those that need other programs
 	@$(FAKETIME)
+	@[ -x $(CACHE)/servers/nginx ] || command -v "$${NGINX:-nginx}" >/dev/null || { \
+		echo "make test-all needs nginx: 'make test-gateway' fetches Debian's, or name one with NGINX=" >&2; exit 1; }
 	@$(PY) -m pytest -n auto --dist loadscope $(ARGS)
 
 # CONFORMANCE_REDIS and the like, because a URL with a password has no place in a process list. --tb=short shows no arguments.

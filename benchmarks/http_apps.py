@@ -18,6 +18,7 @@ from benchmarks.configuration import AUDIENCE, ISSUER, verifier_of
 from examples.orders_service import create_app
 from verifier import Verifier
 from verifier.asgi import AuthMiddleware
+from verifier.fastapi import bearer
 from verifier.testing import StaticRevocations
 
 ANSWER = {"customer": "user-1234567890", "orders": ["1 × espresso"]}
@@ -70,8 +71,6 @@ def empty_dependency() -> FastAPI:
 
 
 def depends() -> FastAPI:
-    from verifier.fastapi import bearer  # type: ignore[import-not-found, unused-ignore]
-
     return _with_dependency(bearer(_verifier(), scopes=["orders:read"]))
 
 

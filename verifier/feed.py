@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from .feed_tokens import FeedError, FeedTokens
+from .jwks_client import import_httpx
 from .limits import FEED_CONNECT_TIMEOUT_S, FEED_EVENT_BYTES_MAX, FEED_READ_TIMEOUT_S, FEED_TOKEN_REPLY_BYTES_MAX
 from .log import Epoch, FormatError, Meta
 from .log import parse_stream_id as _stream_id
@@ -113,6 +114,11 @@ class FeedMirror(MirrorThread):
             "round": self._on_round,
             "end": self._on_end,
         }
+
+    def start(self) -> None:
+        """Start the thread; does nothing if it runs."""
+        import_httpx()
+        super().start()
 
     def close(self) -> None:
         """Stop the thread and its connection, also one on which nothing comes."""

@@ -24,6 +24,12 @@ __all__ = ["JwksClient"]
 _log: Final = logging.getLogger("verifier.jwks")
 
 
+def import_httpx() -> None:
+    """Before a thread needs it: a process forked while a thread imports has half a module, and nobody to finish it."""
+    import httpcore  # noqa: F401 - httpx imports it at the first request
+    import httpx  # noqa: F401
+
+
 class JwksClient:
     """Keeps the key set of ``urls`` (own region's first) in ``view``; ``on_change(view)`` follows every success."""
 
@@ -55,6 +61,7 @@ class JwksClient:
 
     def start(self) -> None:
         """Start the thread; does nothing if it runs."""
+        import_httpx()
         if self._thread is None or not self._thread.is_alive():
             self._life = life = object()
             self._thread = threading.Thread(target=self._run, args=(life,), name="verifier-jwks", daemon=True)

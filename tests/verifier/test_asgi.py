@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import httpx
 import pytest
 
+from tests.verifier.servers import uvicorn_of
 from tests.verifier.support import NONCE, Mirrored, make_verifier, token_of
 from verifier import ConfigurationError, Undecidable, current_claims
 from verifier.asgi import AuthMiddleware
@@ -123,7 +126,14 @@ async def test_below_an_optional_path_no_token_is_anonymous_and_a_bad_one_is_ref
     assert bad.status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/cataloguex", "/Catalogue", "/x/catalogue", "/", "/livezz", "//livez", "/LIVEZ"])
+ODD_PATHS = [
+    "/cataloguex", "/Catalogue", "/x/catalogue", "/", "/livezz", "//livez", "/LIVEZ", "/catalogue/../orders",
+    "/catalogue/..", "/catalogue/./x", "/catalogue//x", "/catalogue/..;/orders", "/catalogue/%2e%2e/orders",
+    "/catalogue/\\..\\orders", "/livez/%5c..", "/catalogue/.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
 async def test_a_path_is_a_prefix_of_whole_segments_or_required(app: AuthMiddleware, path: str) -> None:
     sent: list[Any] = []
 
@@ -245,6 +255,101 @@ async def test_state_that_the_lifespan_shared_is_kept(mirrored: Mirrored, key: S
     await run_scope(AuthMiddleware(accept, mirrored.verifier), scope)
     assert scope["state"]["pool"] == 1
     assert scope["state"]["claims"]["sub"] == "ada"
+
+
+async def test_a_server_that_can_answer_a_handshake_gives_the_same_answer_as_to_a_request(
+    mirrored: Mirrored, key: SigningKey
+) -> None:
+    scope = {"type": "websocket", "path": "/ws", "headers": [], "extensions": {"websocket.http.response": {}}}
+    start, body = await run_scope(AuthMiddleware(accept, mirrored.verifier), scope)
+    assert (start["type"], start["status"]) == ("websocket.http.response.start", 401)
+    assert (b"www-authenticate", b"Bearer") in start["headers"]
+    assert (body["type"], json.loads(body["body"])["code"]) == ("websocket.http.response.body", "token_required")
+
+
+async def test_a_websocket_is_told_to_come_again_when_the_trouble_is_ours(key: SigningKey) -> None:
+    app = AuthMiddleware(accept, Mirrored(key, synced=False).verifier)
+    good = [(b"authorization", f"Bearer {token_of(key)}".encode())]
+    (closed,) = await run_scope(app, {"type": "websocket", "path": "/ws", "headers": good})
+    assert (closed["code"], closed["reason"]) == (1013, "never_synced")
+
+
+async def test_a_token_anywhere_but_in_the_header_is_not_read(app: AuthMiddleware, key: SigningKey) -> None:
+    token = token_of(key)
+    async with client_of(app) as client:
+        for answer in (
+            await client.get("/orders", params={"access_token": token}),
+            await client.post("/orders", data={"access_token": token}),
+            await client.get("/orders", headers={"Cookie": f"access_token={token}"}),
+            await client.get("/orders", headers={"X-Authorization": f"Bearer {token}"}),
+        ):
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    scope = {"type": "websocket", "path": "/ws", "headers": [], "subprotocols": ["bearer", token]}
+    (closed,) = await run_scope(app, scope)
+    assert closed["code"] == 1008
+
+
+# -- scopes and realm ------------------------------------------------------------------------------------------------
+
+
+async def test_a_good_token_without_the_scopes_is_403_and_told_which(mirrored: Mirrored, key: SigningKey) -> None:
+    app = AuthMiddleware(who, mirrored.verifier, scopes=["orders:write", "orders:read"], realm="orders")
+    async with client_of(app) as client:
+        few, all_of_them = (
+            token_of(key, scope="orders:read x"),
+            token_of(key, scope="orders:write orders:read", jti="2"),
+        )
+        assert [(await client.get("/", headers=bearer(all_of_them))).status_code for _ in range(2)] == [200, 200]
+        assert (await client.get("/", headers=bearer(few))).status_code == 403
+        lacking = await client.get("/", headers=bearer(few))  # remembered now
+    assert lacking.status_code == 403
+    assert lacking.headers.get_list("www-authenticate") == [
+        'Bearer realm="orders", error="insufficient_scope", '
+        'error_description="the token lacks a scope that is needed", scope="orders:read orders:write"'
+    ]
+    assert lacking.json()["code"] == "insufficient_scope"
+    assert lacking.json()["scope"] == "orders:read orders:write"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scopes": "orders:read"}, {"scopes": ["a b"]}, {"scopes": [""]}, {"scopes": ['"']}]
+)
+def test_a_scope_that_no_token_can_have_is_a_wrong_setting(mirrored: Mirrored, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        AuthMiddleware(who, mirrored.verifier, **settings)
+    with pytest.raises(ConfigurationError):
+        AuthMiddleware(who, mirrored.verifier, realm='"')
+
+
+# -- on a real server ------------------------------------------------------------------------------------------------
+
+
+def raw(url: str, request: bytes) -> bytes:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(request)
+        received = b""
+        while chunk := connection.recv(65_536):
+            received += chunk
+    return received
+
+
+def test_over_a_socket_every_answer_has_one_challenge_and_head_has_no_body(mirrored: Mirrored, key: SigningKey) -> None:
+    token = token_of(key).encode()
+    with uvicorn_of(AuthMiddleware(who, mirrored.verifier), lifespan="off") as url:
+        for method, authorization, status in (
+            (b"GET", b"aUthOrization:bearer \t  " + token + b"  \r\n", b"200"),
+            (b"GET", b"Authorization: BEARER " + token + b"\r\n", b"200"),
+            (b"GET", b"Authorization: Bearer x\r\nauthorization: Bearer " + token + b"\r\n", b"400"),
+            (b"GET", b"", b"401"),
+            (b"HEAD", b"", b"401"),
+            (b"HEAD", b"Authorization: Bearer x\r\n", b"401"),
+        ):
+            answer = raw(url, method + b" / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + authorization + b"\r\n")
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.split(b" ")[1] == status
+            assert head.lower().count(b"www-authenticate:") == (0 if status == b"200" else 1)
+            assert bool(body) == (method == b"GET")
 
 
 # -- the form of a refusal -------------------------------------------------------------------------------------------

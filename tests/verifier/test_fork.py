@@ -65,3 +65,37 @@ def test_a_forked_child_starts_over_never_synced_and_then_works(key: SigningKey,
                     process.kill()
     finally:
         jwks.close()
+
+
+FORKING = """
+import os, sys, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("httpx", "httpcore"):
+            time.sleep(0.005)
+
+sys.meta_path.insert(0, Slow())
+from verifier.feed import FeedMirror
+from verifier.feed_tokens import GivenToken
+from verifier.jwks_client import JwksClient
+
+part = {part}
+part.start()
+child = os.fork()
+if child == 0:
+    import httpcore, httpx
+    os._exit(0 if hasattr(httpx, "HTTPTransport") and hasattr(httpcore, "ConnectionPool") else 1)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+part.close()
+sys.exit(status)
+"""
+PARTS = ["JwksClient(['http://127.0.0.1:1/'])", "FeedMirror(['http://127.0.0.1:1/'], GivenToken('x'))"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("part", PARTS)
+def test_a_fork_at_once_leaves_no_import_half_done(part: str) -> None:
+    """As under gunicorn --preload. The import is made to last, so that the fork would fall into it."""
+    command = [sys.executable, "-c", FORKING.format(part=part)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)

@@ -51,6 +51,10 @@ def test_a_module_exports_only_what_it_has(name: str) -> None:
     [
         ("verifier.jws", ["verify_compact"]),
         ("verifier.asgi", ["AuthMiddleware"]),
+        ("verifier.fastapi", ["bearer", "optional_bearer"]),
+        ("verifier.gateway", ["app", "gateway"]),
+        ("verifier.grpc", ["AsyncAuthInterceptor", "AuthInterceptor"]),
+        ("verifier.wsgi", ["AuthMiddleware"]),
         ("verifier.testing", ["ManualClock", "StaticKeys", "StaticRevocations", "make_key", "sign"]),
     ],
 )
@@ -156,9 +160,21 @@ def test_every_limit_has_a_reason() -> None:
     assert undocumented == ["RECONNECT_DELAY_MIN_S", "JWKS_MAX_AGE_CEILING_S"]
 
 
-def test_importing_the_package_imports_no_client() -> None:
-    program = "import sys, verifier.asgi, verifier.jws; print({'redis', 'httpx', 'fastapi'} & set(sys.modules))"
+def test_importing_the_package_imports_no_client_and_no_framework() -> None:
+    heavy = {"django", "fastapi", "flask", "grpc", "httpx", "pydantic", "redis", "starlette", "uvicorn"}
+    modules = "verifier, verifier.asgi, verifier.gateway, verifier.jws, verifier.wsgi"
+    program = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     told = subprocess.run(
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert told.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(("module", "package"), [("verifier.fastapi", "fastapi"), ("verifier.grpc", "grpc")])
+def test_an_adapter_without_its_framework_names_what_to_install(module: str, package: str) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None\ntry: import {module}\nexcept ImportError as e: print(e)"
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert f"{module} needs" in told.stdout
+    assert "pip install" in told.stdout
