@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
+from .check import Explanation
 from .claims import Claims
 from .decision import UnknownKid
 from .errors import InvalidToken, Undecidable, VerifierError
@@ -313,6 +314,10 @@ class Verifier:
         else:
             hit = self._judge.remembered(token)
         return None if hit is None else hit.claims
+
+    def explain(self, token: str) -> Explanation:
+        """Why a token is accepted or refused, step by step, by what is held now: for people, not for requests."""
+        return self._judge.explain(token)
 
     def _observed(
         self, observer: Observer, token: str, max_staleness_s: float | None, min_position: str | None
