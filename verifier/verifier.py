@@ -177,12 +177,12 @@ class Verifier:
         _verifiers.add(self)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, observer: Observer | None = None) -> Self:
         """Build from ``JWT_SECRET``, ``REDIS_ADDR``, ``REDIS_USERNAME``, ``REDIS_PASSWORD``, ``VERIFIER_<PARAMETER>``.
 
         Raises :class:`ConfigurationError` naming the variable.
         """
-        return cls(**environment_settings(environ))
+        return cls(**environment_settings(environ), observer=observer)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
