@@ -13,14 +13,15 @@ for, a keyed hash is enough: eight bytes, and one byte for the *code* of its end
   stands for one such end; there are at most 255, and past that ends are rounded up further. Never down: a record leaves
   later than it might, not earlier.
 * **False hits.** A set of n fingerprints hits an id that is not in it with a probability of n / 2**64: 5.4e-14 for a
-  million, which is one needless login in 58 years of 10,000 new tokens a second. The hash is SipHash, keyed by
-  Python and again by a secret of each set, so nobody outside the process can look for an id that collides. No hit is
-  ever missed.
+  million, which is one needless login in 58 years of 10,000 new tokens a second. The hash is keyed by a secret of the
+  process (:data:`fingerprint`), so nobody outside can look for an id that collides. No hit is ever missed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable
 from struct import Struct
@@ -31,7 +32,7 @@ __all__ = ["Table", "coarse_end", "fingerprint", "pack"]
 RECORD: Final = 9
 """Bytes of a record: fingerprint and code."""
 
-LOAD: Final = 24
+LOAD: Final = 16
 """Records a bucket on average: more take longer to search, fewer cost more memory (49 bytes a bucket)."""
 
 CODES_MAX: Final = 255
@@ -43,18 +44,23 @@ _BYTES: Final = tuple(bytes((code,)) for code in range(CODES_MAX))
 
 
 def _blake2b(text: str) -> int:
-    """For a Python whose own hash is not a keyed one of 64 bits; the text begins with the set's secret."""
-    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=_SECRET).digest()
     return int.from_bytes(raw, "little", signed=True)
 
 
+_SECRET: Final = secrets.token_bytes(32)
+
+
 def _chosen() -> Callable[[str], int]:
-    own = sys.hash_info.width == 64 and sys.hash_info.algorithm.startswith("siphash") and not sys.hash_info.cutoff
-    return hash if own else _blake2b
+    """Python's own hash of a text, which it keeps with the text, if it is a keyed one of 64 bits with a random key."""
+    known = sys.hash_info
+    keyed = known.width == 64 and known.algorithm.startswith("siphash") and not known.cutoff
+    random_key = bool(sys.flags.ignore_environment) or os.environ.get("PYTHONHASHSEED", "random") in ("", "random")
+    return hash if keyed and random_key and sys.flags.hash_randomization else _blake2b
 
 
 fingerprint: Final = _chosen()
-"""A text, which begins with a secret, to a signed 64-bit number."""
+"""A text to a signed 64-bit number, keyed by a secret of this process."""
 
 
 def coarse_end(expires_at: int, at_ms: int) -> int:

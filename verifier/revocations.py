@@ -17,7 +17,6 @@ its identity is the version of everything a verification read from it.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
@@ -63,10 +62,10 @@ _Recent = tuple[str, int, int]
 class Named:
     """Revoked tokens or sessions of one issuer and kind: ``recent`` ones whole, by value, all others in ``table``."""
 
-    __slots__ = ("_buckets", "_mask", "_salt", "_split", "_wide", "folded", "kind", "recent", "table")
+    __slots__ = ("_buckets", "_mask", "_split", "_wide", "folded", "kind", "recent", "table")
 
-    def __init__(self, kind: str, salt: str, recent: dict[str, _Recent], table: Table) -> None:
-        self.kind, self._salt, self.recent, self.table = kind, salt, recent, table
+    def __init__(self, kind: str, recent: dict[str, _Recent], table: Table) -> None:
+        self.kind, self.recent, self.table = kind, recent, table
         self.folded = Hit(kind, None)
         self._buckets, self._mask, self._split, self._wide = table.shape
 
@@ -78,7 +77,7 @@ class Named:
         held = self.recent.get(value)
         if held is not None:
             return Hit(self.kind, held[0])
-        mark = fingerprint(self._salt + value)
+        mark = fingerprint(value)
         at = mark & self._mask
         if at < self._split:
             at = mark & self._wide
@@ -99,7 +98,7 @@ class Named:
             return self._folded(fresh)
         outlasted = False
         for value, mark in list(fresh.items()):
-            end = None if value in recent else self.table.end_of(fingerprint(self._salt + value))
+            end = None if value in recent else self.table.end_of(fingerprint(value))
             if end is not None and end >= mark[1]:
                 del fresh[value]
             outlasted |= end is not None
@@ -107,11 +106,11 @@ class Named:
             return self
         if outlasted or len(recent) + len(fresh) > RECENT_MAX:  # no value may be among the recent and in the table
             return self._folded(fresh)
-        return Named(self.kind, self._salt, {**recent, **fresh}, self.table)
+        return Named(self.kind, {**recent, **fresh}, self.table)
 
     def _folded(self, fresh: dict[str, _Recent]) -> Named:
         """With everything in the table; itself if that adds nothing to what it holds."""
-        salt, recent = self._salt, self.recent
+        recent = self.recent
         every = {**recent, **fresh} if recent else fresh
         ends: dict[int, int] = {}
         records = []
@@ -119,12 +118,12 @@ class Named:
             end = ends.get(expires_at)
             if end is None:
                 end = ends[expires_at] = coarse_end(expires_at, at_ms)
-            records.append((fingerprint(salt + value), end))
+            records.append((fingerprint(value), end))
         table, raised = self.table.with_records(records)
         new = table.size - self.table.size - len(recent)
         if not new and not raised and not any(value in recent for value in fresh):
             return self
-        return Named(self.kind, salt, {}, table)
+        return Named(self.kind, {}, table)
 
     def swept(self, limit: float, most: int) -> Named:
         """Without what ended at or before ``limit``, in so many buckets; itself if nothing did."""
@@ -133,7 +132,7 @@ class Named:
             recent = {value: held for value, held in recent.items() if held[1] > limit}
         table = table.swept(limit, most)
         same = recent is self.recent and table is self.table
-        return self if same else Named(self.kind, self._salt, recent, table)
+        return self if same else Named(self.kind, recent, table)
 
     def is_due(self, limit: float) -> bool:
         """Whether :meth:`swept` has left something for another time."""
@@ -360,7 +359,7 @@ class Mirror:
         """Forget entries that both clocks (Unix seconds) put past ``expires_at + drop_grace_s``; True if any went.
 
         The caller does not call this while stale: a clock alone must never bring a token back. ``most`` bounds how many
-        buckets of each kind are looked at (24 entries each on average), and so how long it takes.
+        buckets of each kind are looked at (16 entries each on average), and so how long it takes.
         """
         limit = min(now, server_now) - drop_grace_s
         held = self.snapshot.issuers
@@ -383,4 +382,4 @@ def _swept(of: _OfIssuer, limit: float, most: int) -> _OfIssuer:
 
 
 def _empty(kind: str) -> Named | Marks:
-    return Named(kind, secrets.token_hex(8), {}, Table()) if kind in FOLDED_KINDS else Marks((), 0)
+    return Named(kind, {}, Table()) if kind in FOLDED_KINDS else Marks((), 0)
