@@ -68,7 +68,7 @@ def coarse_end(expires_at: int, at_ms: int) -> int:
 
     ``at_ms`` is when a primary first took the entry, in milliseconds, 0 if that is not known.
     """
-    life_s = expires_at - at_ms // 1000 if at_ms else 0
+    life_s = max(0, expires_at - at_ms // 1000) if at_ms else 0
     bits = min(max((life_s >> 6).bit_length(), WIDTH_BITS_MIN), WIDTH_BITS_MAX)
     return -(-expires_at >> bits) << bits
 

@@ -29,6 +29,9 @@ __all__ = ["Hit", "Mirror", "Snapshot"]
 TIER_RATIO: Final = 4
 """A tier is merged into the next one when that is less than this many times its size."""
 
+TIER_MIN: Final = 256
+"""And if it is smaller than this: copying it takes a few microseconds, and each tier is another look-up."""
+
 RECENT_MAX: Final = 2_048
 """Entries of one issuer and kind that are kept whole: copying so many for each batch takes 10-20 microseconds."""
 
@@ -67,7 +70,8 @@ class Named:
     def __init__(self, kind: str, recent: dict[str, _Recent], table: Table) -> None:
         self.kind, self.recent, self.table = kind, recent, table
         self.folded = Hit(kind, None)
-        self._buckets, self._mask, self._split, self._wide = table.shape
+        buckets, self._mask, self._split, self._wide = table.shape
+        self._buckets = buckets if table.size else None
 
     def __len__(self) -> int:
         return len(self.recent) + self.table.size
@@ -77,26 +81,26 @@ class Named:
         held = self.recent.get(value)
         if held is not None:
             return Hit(self.kind, held[0])
+        if self._buckets is None:
+            return None
         mark = fingerprint(value)
         at = mark & self._mask
         if at < self._split:
             at = mark & self._wide
-        if pack(mark) in self._buckets[at] and self.table.end_of(mark) is not None:
-            return self.folded
-        return None
+        return self.folded if pack(mark) in self._buckets[at] and self.table.end_of(mark) is not None else None
 
     def applied(self, entries: Sequence[Entry]) -> Named:
         """With these entries; itself if it holds them all."""
-        fresh: dict[str, _Recent] = {}
         recent = self.recent
+        if len(entries) >= FOLD_MIN and not recent:
+            return self._folded((entry.value, entry.expires_at, entry.at) for entry in entries)
+        fresh: dict[str, _Recent] = {}
         for entry in entries:
             value, expires_at = entry.value, entry.expires_at
             held = fresh.get(value) or recent.get(value)
             if held is None or held[1] < expires_at:
                 fresh[value] = (entry.id, expires_at, entry.at)
-        if len(fresh) >= FOLD_MIN:
-            return self._folded(fresh)
-        outlasted = False
+        outlasted = len(fresh) >= FOLD_MIN
         for value, mark in list(fresh.items()):
             end = None if value in recent else self.table.end_of(fingerprint(value))
             if end is not None and end >= mark[1]:
@@ -105,23 +109,21 @@ class Named:
         if not fresh:
             return self
         if outlasted or len(recent) + len(fresh) > RECENT_MAX:  # no value may be among the recent and in the table
-            return self._folded(fresh)
+            every = {**recent, **fresh}
+            return self._folded((value, expires_at, at_ms) for value, (_, expires_at, at_ms) in every.items())
         return Named(self.kind, {**recent, **fresh}, self.table)
 
-    def _folded(self, fresh: dict[str, _Recent]) -> Named:
-        """With everything in the table; itself if that adds nothing to what it holds."""
-        recent = self.recent
-        every = {**recent, **fresh} if recent else fresh
+    def _folded(self, every: Iterable[tuple[str, int, int]]) -> Named:
+        """With these and nothing else beside the table; itself if there were no recent ones, and it holds them all."""
         ends: dict[int, int] = {}
         records = []
-        for value, (_, expires_at, at_ms) in every.items():
+        for value, expires_at, at_ms in every:
             end = ends.get(expires_at)
             if end is None:
                 end = ends[expires_at] = coarse_end(expires_at, at_ms)
             records.append((fingerprint(value), end))
         table, raised = self.table.with_records(records)
-        new = table.size - self.table.size - len(recent)
-        if not new and not raised and not any(value in recent for value in fresh):
+        if not self.recent and not raised and table.size == self.table.size:
             return self
         return Named(self.kind, {}, table)
 
@@ -170,7 +172,7 @@ class Marks:
             return self
         count = self.size + sum(not any(value in tier for tier in self.tiers) for value in fresh)
         tiers: list[_Tier] = [fresh, *self.tiers]
-        while len(tiers) > 1 and len(tiers[1]) < TIER_RATIO * len(tiers[0]):
+        while len(tiers) > 1 and len(tiers[1]) < max(TIER_RATIO * len(tiers[0]), TIER_MIN):
             tiers[:2] = [_merge(tiers[1], tiers[0])]
         return Marks(tuple(tiers), count)
 
@@ -283,8 +285,9 @@ class Snapshot:
             return None
         kids, jtis, toks, sids, subs, clients, everyone = of
         if kids is not None and kid is not None:
-            for mark in kids.of(kid):
-                return Hit("kid", mark.entry_id)
+            for tier in kids.tiers:
+                if kid in tier:
+                    return Hit("kid", tier[kid][0].entry_id)
         if jtis is not None and jti is not None and (hit := jtis.find(jti)) is not None:
             return hit
         if toks is not None and tok is not None and (hit := toks.find(tok)) is not None:
@@ -309,14 +312,25 @@ class Snapshot:
 def _cut_off(
     of: _OfIssuer, sub: str | None, client_id: str | None, iat: float | None, after: Collection[str]
 ) -> Hit | None:
-    for kind, marks, value in (("sub", of.sub, sub), ("client", of.client, client_id), ("all", of.all, "")):
-        if marks is None or value is None:
-            continue
-        for tier in marks.tiers:
-            for mark in tier.get(value, ()):
-                caught = iat is None or mark.before is None or iat <= mark.before
-                if caught and mark.entry_id not in after:
-                    return Hit(kind, mark.entry_id)
+    _, _, _, _, subs, clients, everyone = of
+    if subs is not None and sub is not None:
+        for tier in subs.tiers:
+            if sub in tier and (hit := _caught("sub", tier[sub], iat, after)) is not None:
+                return hit
+    if clients is not None and client_id is not None:
+        for tier in clients.tiers:
+            if client_id in tier and (hit := _caught("client", tier[client_id], iat, after)) is not None:
+                return hit
+    for tier in () if everyone is None else everyone.tiers:
+        if (hit := _caught("all", tier.get("", ()), iat, after)) is not None:
+            return hit
+    return None
+
+
+def _caught(kind: str, marks: tuple[Mark, ...], iat: float | None, after: Collection[str]) -> Hit | None:
+    for mark in marks:
+        if (iat is None or mark.before is None or iat <= mark.before) and mark.entry_id not in after:
+            return Hit(kind, mark.entry_id)
     return None
 
 
@@ -333,13 +347,13 @@ class Mirror:
     def apply(self, entries: Iterable[Entry]) -> bool:
         """Add entries; True if that made a new snapshot. Entries already held change nothing."""
         groups: dict[tuple[str, str], list[Entry]] = {}
+        issuer = kind = None
+        group: list[Entry] = []
         for entry in entries:
-            key = (entry.issuer, entry.kind)
-            group = groups.get(key)
-            if group is None:
-                groups[key] = [entry]
-            else:
-                group.append(entry)
+            if entry.kind is not kind or entry.issuer is not issuer:  # in a run of them, the very same texts
+                issuer, kind = entry.issuer, entry.kind
+                group = groups.setdefault((issuer, kind), [])
+            group.append(entry)
         issuers, count = self.snapshot.issuers, self.snapshot.entries
         changed: dict[str, _OfIssuer] = {}
         for (issuer, kind), group in groups.items():
