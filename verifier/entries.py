@@ -16,7 +16,7 @@ from typing import Final
 from .limits import ENTRY_ID_CHARS_MAX, ENTRY_REASON_BYTES_MAX, ENTRY_VALUE_BYTES_MAX
 from .log import Entry
 
-__all__ = ["Fields", "read_entry"]
+__all__ = ["Fields", "read_entry", "read_usual"]
 
 Fields = Mapping[bytes, bytes] | Sequence[bytes]
 """An entry's fields by name, or names and values in turn, as a server lists them."""
@@ -64,13 +64,13 @@ _times: Final = _Times()
 
 def read_entry(fields: Fields) -> Entry:
     """Read stream fields; raises :class:`~verifier.log.FormatError`."""
-    usual = _usual(fields)
+    usual = read_usual(fields)
     if usual is not None:
         return usual
     return Entry.decode(fields if isinstance(fields, Mapping) else dict(zip(fields[::2], fields[1::2], strict=False)))
 
 
-def _usual(fields: Fields) -> Entry | None:
+def read_usual(fields: Fields) -> Entry | None:
     """The entry of a token or a session, None for everything else and for anything wrong."""
     try:
         if not isinstance(fields, list):

@@ -56,7 +56,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from .entries import Fields, read_entry
+from .entries import Fields, read_entry, read_usual
 from .log import EPOCH_KIND, Entry, Epoch, FormatError, Hole, Meta, Position, parse_stream_id
 
 __all__ = ["Gap", "Listed", "Raw", "Reader", "Reread"]
@@ -122,12 +122,14 @@ class Reader:
         accepted: list[tuple[Position, Entry]] = []
         for stream_id, fields in batch:
             last = self.position
-            entry = self._decode(fields)
+            entry = read_usual(fields) or self._decode(fields)
             if last is not None and stream_id == b"%d-%d" % (last[0], last[1] + 1):  # as nearly always
                 position = _tuple(Position, (last[0], last[1] + 1, last[2]))
+                run_number, first, _ = self._runs[-1]
+                self._runs[-1] = (run_number, first, last[1] + 1)
             else:
                 position = self._place(stream_id, entry)
-            self._count(position)
+                self._count(position)
             self.position = position
             if entry is not None:
                 accepted.append((position, entry))
