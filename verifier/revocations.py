@@ -38,6 +38,9 @@ RECENT_MAX: Final = 2_048
 FOLD_MIN: Final = 256
 """A batch of so many goes to the fingerprints at once."""
 
+BUCKETS_AN_ENTRY: Final = 128
+"""Unless that copies a list of buckets more than so many times as long: for ten million it takes some milliseconds."""
+
 FOLDED_KINDS: Final = frozenset({"jti", "tok", "sid"})
 
 SWEEP_ALL: Final = 1 << 62
@@ -92,7 +95,8 @@ class Named:
     def applied(self, entries: Sequence[Entry]) -> Named:
         """With these entries; itself if it holds them all."""
         recent = self.recent
-        if len(entries) >= FOLD_MIN and not recent:
+        many = max(FOLD_MIN, len(self.table.buckets) // BUCKETS_AN_ENTRY)
+        if len(entries) >= many and not recent:
             return self._folded((entry.value, entry.expires_at, entry.at) for entry in entries)
         fresh: dict[str, _Recent] = {}
         for entry in entries:
@@ -100,7 +104,7 @@ class Named:
             held = fresh.get(value) or recent.get(value)
             if held is None or held[1] < expires_at:
                 fresh[value] = (entry.id, expires_at, entry.at)
-        outlasted = len(fresh) >= FOLD_MIN
+        outlasted = len(fresh) >= many
         for value, mark in list(fresh.items()):
             end = None if value in recent else self.table.end_of(fingerprint(value))
             if end is not None and end >= mark[1]:
