@@ -17,7 +17,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -254,4 +254,4 @@ class EntryIndex:
 
 def _same(a: Entry, b: Entry) -> bool:
     """Whether two entries are the same one, whenever a log took them."""
-    return a == b or replace(a, at=b.at) == b
+    return a == b or msgspec.structs.replace(a, at=b.at) == b
