@@ -16,6 +16,7 @@ from .api.jwks import JwksFirst
 from .bearer import AdminBearer
 from .clients import Authenticator, Clients
 from .compromising import Compromiser
+from .ending import SessionEnd
 from .envelope import Kek
 from .errors import KeySetUnavailable, SigningUnavailable, StartError
 from .evidence import Evidence, read_evidence
@@ -93,11 +94,19 @@ class Frontend:
             lifetime_max_s=self._lifetime_max_s,
             shared_secret=SharedSecret(secret.get_secret_value()) if secret is not None else None,
         )
-        self._sessions = SessionStore(service.primary)
+        self._sessions = SessionStore(service.primary, service.own, grace_s=settings.refresh_grace_s)
+        self._end = SessionEnd(
+            self.revoker,
+            self._sessions,
+            settings.revocation_policy,
+            session_life_s=settings.session_life_s,
+            clock=service.clock,
+        )
         self._authenticator = Authenticator(clients)
         self._granting = Granting(
             issuer,
             self._sessions,
+            self._end,
             service.metrics,
             issuer_name=settings.issuer,
             session_ttl_s=settings.session_ttl_s,
@@ -125,16 +134,12 @@ class Frontend:
 
     def admin_routers(self) -> tuple[APIRouter, ...]:
         """For administration."""
-        settings = self._settings
         return (
             admin_sessions.router(
                 self._bearer,
                 self._authenticator,
                 self._granting,
-                self._sessions,
-                self.revoker,
-                settings.revocation_policy,
-                session_life_s=settings.session_life_s,
+                self._end,
                 clock=self._service.clock,
             ),
             admin_revocations.router(self._bearer, self.revoker),

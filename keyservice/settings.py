@@ -130,6 +130,9 @@ class Settings(BaseSettings):
 
     access_token_ttl_s: int = Field(900, ge=1)
     session_ttl_s: int = Field(43_200, ge=1)
+    refresh_grace_s: float = Field(30, ge=0, le=300)
+    introspect_on_stale: Literal["deny", "allow"] = "deny"
+    max_staleness_s: float = Field(5, gt=0)
     max_token_lifetime_s: int = Field(86_400, ge=1)
     drop_grace_s: float = Field(300, ge=0)
     max_skew_s: float = Field(5, ge=0)

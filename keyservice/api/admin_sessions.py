@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-import structlog
 from fastapi import APIRouter, Request, Response
 
 from keyservice.bearer import AdminBearer
 from keyservice.clients import Authenticator
 from keyservice.core.ids import uuid7
-from keyservice.core.revocation import RevocationPolicy, sid_draft
-from keyservice.errors import RequestRefused, StoreError
+from keyservice.ending import SessionEnd
+from keyservice.errors import RequestRefused
 from keyservice.granting import Granting
-from keyservice.revoking import Revoker
-from keyservice.sessions import SessionStore
 from verifier.limits import IDENTIFIER_BYTES_MAX
 
 from .admin_revocations import receipt_response
@@ -25,7 +22,6 @@ from .problems import json_response
 __all__ = ["router"]
 
 SCOPE = "keyservice:sessions:write"
-_log = structlog.get_logger(__name__)
 
 
 class SessionRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -41,14 +37,11 @@ def router(
     bearer: AdminBearer,
     clients: Authenticator,
     granting: Granting,
-    sessions: SessionStore,
-    revoker: Revoker,
-    policy: RevocationPolicy,
+    ending: SessionEnd,
     *,
-    session_life_s: float,
     clock: Callable[[], float],
 ) -> APIRouter:
-    """``session_life_s`` is the longest that a session and its last token can live."""
+    """Start and end sessions."""
     routes = APIRouter(prefix="/admin/sessions")
 
     @routes.post("")
@@ -68,13 +61,8 @@ def router(
     async def end(sid: str, request: Request) -> Response:
         """The revocation first: from then on the session gets nothing more, whether or not its record is there."""
         bearer.check(request.headers.get("authorization"), SCOPE)
-        now = clock()
-        entry_id = request.headers.get("idempotency-key") or uuid7(now)
-        receipt = await revoker.revoke(sid_draft(sid, entry_id, now + session_life_s, policy))
-        try:
-            await sessions.end(sid)
-        except StoreError as error:
-            _log.warning("revoked session not deleted; it expires by itself", code=error.code)
+        receipt = await ending.revoke(sid, request.headers.get("idempotency-key") or uuid7(clock()))
+        await ending.forget(sid)
         return receipt_response(receipt)
 
     return routes

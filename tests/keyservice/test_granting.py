@@ -9,9 +9,11 @@ import pytest
 
 from keyservice.clients import Client
 from keyservice.core.sessions import RefreshToken, Session
+from keyservice.ending import SessionEnd
 from keyservice.errors import OAuthError, PrimaryUnreachable
 from keyservice.granting import Granting
 from keyservice.issuing import Issuer
+from keyservice.sessions import Redemption
 from keyservice.telemetry import Metrics
 from verifier.log import Entry
 from verifier.revocations import Mirror, Snapshot
@@ -34,8 +36,8 @@ class Sessions:
     async def get(self, sid: str) -> Session | None:
         return self.held.get(sid)
 
-    async def replace_token(self, old: RefreshToken, new: RefreshToken) -> bool:
-        return True
+    async def redeem(self, old: RefreshToken) -> Redemption:
+        return Redemption("fresh", old.successor())
 
     async def end(self, sid: str) -> None:
         if not self.reachable:
@@ -72,9 +74,11 @@ def granting(sessions: Sessions, key: Key, snapshots: Iterable[Snapshot]) -> Gra
         lifetime_max_s=lambda: 900,
         shared_secret=None,
     )
+    end = SessionEnd(cast(Any, None), cast(Any, sessions), cast(Any, None), session_life_s=4500, clock=lambda: NOW)
     return Granting(
         issuer,
         sessions,  # type: ignore[arg-type]
+        end,
         Metrics("eu"),
         issuer_name=ISSUER,
         session_ttl_s=3600,
