@@ -304,6 +304,11 @@ class Settings(BaseSettings):
                 "must be at most KEYSERVICE_MAX_TOKEN_LIFETIME_S, or every token is refused; lower it",
             ),
             (
+                self.max_staleness_s * 1000 >= 10 * self.beat_interval_ms,
+                "MAX_STALENESS_S",
+                "must be at least ten times KEYSERVICE_BEAT_INTERVAL_MS, or a late beat makes it stale; raise it",
+            ),
+            (
                 keys_each > 0,
                 "REGIONS",
                 f"has more regions than a key set of {JWKS_KEYS_MAX} keys has room for; name fewer",

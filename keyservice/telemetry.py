@@ -63,6 +63,11 @@ class Metrics:
         self.introspections = Counter(
             "keyservice_introspections", "Tokens introspected, by answer", ("outcome",), registry=registry
         )
+        self.assertions_alone = Counter(
+            "keyservice_assertions_checked_alone",
+            "Client assertions that only this instance's memory was asked about",
+            registry=registry,
+        )
         self.refused_tokens = Counter(
             "keyservice_token_requests_refused", "Token requests refused, by error code", ("code",), registry=registry
         )

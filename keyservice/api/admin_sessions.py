@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from keyservice.bearer import AdminBearer
-from keyservice.clients import Authenticator
+from keyservice.clients import ClientLookup
 from keyservice.core.ids import uuid7
 from keyservice.ending import SessionEnd
 from keyservice.errors import RequestRefused
@@ -35,7 +35,7 @@ class SessionRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 def router(
     bearer: AdminBearer,
-    clients: Authenticator,
+    clients: ClientLookup,
     granting: Granting,
     ending: SessionEnd,
     *,
@@ -50,7 +50,7 @@ def router(
         wanted = await read_json(request, SessionRequest)
         client = clients.get(wanted.client_id)
         if client is None:
-            raise RequestRefused("client_unknown", "client_id is not in the clients file")
+            raise RequestRefused("client_unknown", "there is no client with this id")
         if not 0 < len(wanted.sub.encode()) <= IDENTIFIER_BYTES_MAX:
             raise RequestRefused("sub_invalid", f"sub has 1 to {IDENTIFIER_BYTES_MAX} bytes")
         audience = (wanted.audience,) if isinstance(wanted.audience, str) else tuple(wanted.audience)

@@ -13,8 +13,8 @@ tells four cases apart:
 
 **The same successor, though only hashes are stored.** Two tabs that refresh at once, or a client whose answer was lost,
 present one token twice. Both must get one successor, or the session forks or an honest user is logged out. Neither may
-the successor be computable from the old token (then rotation would protect from nobody who has an old one), nor may
-who reads Redis be able to make it. So it is random, and stored for the grace alone, in a key of its own that expires:
+the successor be computable from the old token (then rotation would protect from nobody who has an old one), nor may a
+reader of Redis be able to make it. So it is random, and stored for the grace alone, in a key of its own that expires:
 sealed with AES-256-GCM under a key that HKDF-SHA-256 derives from the secret of the token that was presented. Redis
 holds that secret's hash, which opens nothing; the presenter of the old token gets it opened, as long as it is there.
 
@@ -22,9 +22,9 @@ What that leaves: a thief who presents a stolen token within the grace of its ho
 then on both hold it; the next time they refresh further apart than the grace, the second one is a reuse, and both are
 out. A thief and a user who refresh at different times are found out at once.
 
-**After a failover that lost the last refresh** the old token is current again: it works once more, and the successor that
-was lost is a reuse when it comes. A session that was ended and comes back is refused by its ``sid`` entry, which is in
-the trust log and is looked for at each refresh. So no two successors last, and the worst is a new log-in.
+**After a failover that lost the last refresh** the old token is current again: it works once more, and the successor
+that was lost is a reuse when it comes. A session that was ended and comes back is refused by its ``sid`` entry, which
+is in the trust log and is looked for at each refresh. So no two successors last, and the worst is a new log-in.
 
 What a session may do is fixed when it starts; a refresh can only narrow the scope (RFC 6749 section 6).
 """

@@ -78,6 +78,12 @@ client_id = "web"
 secret_hash = "{SECRET_HASH}"
 scopes = ["orders:read", "profile"]
 audiences = ["orders"]
+
+[[clients]]
+client_id = "gateway"
+secret_hash = "{SECRET_HASH}"
+audiences = ["orders"]
+introspect = true
 """
 
 

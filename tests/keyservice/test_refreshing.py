@@ -107,44 +107,39 @@ async def test_two_instances_give_the_same_successor(
 
 
 async def test_a_refresh_whose_answer_was_lost_is_repeated(
-    run_dir: Any, server: Server, make_settings: Callable[..., Settings], start_service: Any
+    proxy: Proxy, server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
-    proxy = Proxy(run_dir / "to-primary", server.socket)
+    running = await start_service(make_settings(server.url, primary_url=proxy.url))
+    session = await start_session(running)
+    current = {"refresh": b""}
+
+    def consumed() -> bool:
+        with server.client() as client:
+            current["refresh"] = client.hget(session_key(session), "refresh")
+        return current["refresh"] != RefreshToken.parse(session["refresh_token"]).digest.encode()  # type: ignore[union-attr]
+
+    read = running.frontend._sessions.get
+
+    async def get_and_then_silence(sid: str) -> Any:
+        found = await read(sid)
+        proxy.eats_answers = True
+        return found
+
+    running.frontend._sessions.get = get_and_then_silence
+    answer = await refresh(running, session["refresh_token"])
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error_description"].startswith("outcome_unknown")
+    assert consumed()
+    running.frontend._sessions.get = read
+    proxy.eats_answers = False
+    await proxy.cut()
     await proxy.open()
-    try:
-        running = await start_service(make_settings(server.url, primary_url=proxy.url))
-        session = await start_session(running)
-        current = {"refresh": b""}
-
-        def consumed() -> bool:
-            with server.client() as client:
-                current["refresh"] = client.hget(session_key(session), "refresh")
-            return current["refresh"] != RefreshToken.parse(session["refresh_token"]).digest.encode()  # type: ignore[union-attr]
-
-        read = running.frontend._sessions.get
-
-        async def get_and_then_silence(sid: str) -> Any:
-            found = await read(sid)
-            proxy.eats_answers = True
-            return found
-
-        running.frontend._sessions.get = get_and_then_silence
-        answer = await refresh(running, session["refresh_token"])
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert answer.json()["error_description"].startswith("outcome_unknown")
-        assert consumed()
-        running.frontend._sessions.get = read
-        proxy.eats_answers = False
-        await proxy.cut()
-        await proxy.open()
-        await running.until(lambda: running.service.beats.problem is None)
-        repeated = await successor(running, session["refresh_token"])
-        parsed = RefreshToken.parse(repeated)
-        assert parsed is not None
-        assert parsed.digest.encode() == current["refresh"], "what was stored before its answer was lost"
-        assert not is_revoked(running, session)
-    finally:
-        await proxy.cut()
+    await running.until(lambda: running.service.beats.problem is None)
+    repeated = await successor(running, session["refresh_token"])
+    parsed = RefreshToken.parse(repeated)
+    assert parsed is not None
+    assert parsed.digest.encode() == current["refresh"], "what was stored before its answer was lost"
+    assert not is_revoked(running, session)
 
 
 async def test_the_grace_is_a_key_that_the_server_itself_expires(running: Running, server: Server) -> None:
@@ -269,10 +264,8 @@ async def test_a_failover_that_brings_an_ended_session_back_lets_it_refresh_no_m
 
 
 async def test_without_the_primary_a_session_has_no_refresh_token_and_a_refresh_is_refused_by_name(
-    run_dir: Any, server: Server, make_settings: Callable[..., Settings], start_service: Any
+    proxy: Proxy, server: Server, make_settings: Callable[..., Settings], start_service: Any
 ) -> None:
-    proxy = Proxy(run_dir / "to-primary", server.socket)
-    await proxy.open()
     running = await start_service(make_settings(server.url, primary_url=proxy.url))
     held = await start_session(running)
     headers = await running.bearer("login")
