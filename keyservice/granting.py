@@ -12,9 +12,9 @@ claim ``after`` of a token that it was meant to hit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -99,7 +99,14 @@ class Granting:
         grant = Grant(client.client_id, client.client_id, (chosen,), granted, after)
         return self._count(self._issue(grant, client), client, "client_credentials")
 
-    async def start_session(self, client: Client, sub: str, audience: tuple[str, ...], scope: str | None) -> Granted:
+    async def start_session(
+        self,
+        client: Client,
+        sub: str,
+        audience: tuple[str, ...],
+        scope: str | None,
+        authentication: Mapping[str, Any] | None = None,
+    ) -> Granted:
         """A session for somebody whom the caller has identified. Raises :class:`RequestRefused`.
 
         Where it cannot be stored it has no refresh token, and lasts as long as its access token.
@@ -119,6 +126,7 @@ class Granting:
             created_at=now,
             expires_at=now + self._session_ttl_s,
             after=self._after(self._snapshot(), sub, client.client_id),
+            authentication=dict(authentication or {}),
         )
         grant = _grant(session, granted, session.after)
         issued = self._count(self._issue(grant, client), client, "session")
@@ -212,4 +220,4 @@ class Granting:
 
 
 def _grant(session: Session, scope: str, after: tuple[str, ...]) -> Grant:
-    return Grant(session.sub, session.client_id, session.audience, scope, after, session.sid)
+    return Grant(session.sub, session.client_id, session.audience, scope, after, session.sid, session.authentication)

@@ -7,8 +7,8 @@ no ``kid``, signed with the shared secret. python-jose signs; nothing here verif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from jose import jwt
@@ -50,7 +50,8 @@ class SharedSecret(Sealed):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token is to say. ``after`` names the live cut-offs that do not hit it."""
+    """What a token is to say. ``after`` names the live cut-offs that do not hit it, ``authentication`` how its subject
+    proved who it is (RFC 9068 section 2.2.1)."""
 
     sub: str
     client_id: str
@@ -58,6 +59,7 @@ class Grant:
     scope: str
     after: tuple[str, ...] = ()
     sid: str | None = None
+    authentication: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Issuer:
@@ -115,5 +117,5 @@ class Issuer:
             "exp": issued_at + lifetime_s,
             "jti": uuid7(now),
         }
-        optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after)}
+        optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after), **grant.authentication}
         return {**claims, **{name: value for name, value in optional.items() if value}}

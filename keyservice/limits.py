@@ -33,6 +33,10 @@ SCOPE_CHARS_MAX: Final = 4_096
 AUDIENCES_MAX: Final = 16
 """Of one token, for the same reason."""
 
+ACR_CHARS_MAX: Final = 256
+AMR_MAX: Final = 8
+"""How somebody was authenticated, in every token of a session: names, and a handful of methods."""
+
 LIST_PAGE_MAX: Final = 1_000
 """Revocations in one answer of ``GET /admin/revocations``."""
 

@@ -4,21 +4,21 @@ The latter are one hash on the primary, ``{ks}:clients``, changed by compare-and
 Each instance holds all of them in memory and asks its region's replica once a second whether they changed, so that a
 client goes on getting tokens without the primary, and without Redis. ``{ks}:clients:revision`` is a random word, new at
 each change: after a failover that lost a change it differs too. A server without one has lost its data, or never had
-any: what is held stays.
+any: what is held stays, and is put back on a primary that has none.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
 from redis.exceptions import RedisError
 
 from .clients import Client, Clients, client_problem
-from .errors import RequestRefused
+from .errors import RequestRefused, StoreError
 from .limits import CLIENTS_MAX
 from .store import Node
 
@@ -80,16 +80,20 @@ class ClientRegistry:
         """Take over what changed. A server that does not answer, or has lost everything, takes no client away."""
         try:
             revision = await self._own.redis.get(_REVISION)
-            if revision is None or revision == self._revision:
+            if revision is None:
+                await self._put_back()
+            if revision in (None, self._revision):
                 return
             async with self._own.redis.pipeline(transaction=True) as pipe:
                 pipe.get(_REVISION)
                 pipe.hgetall(_CLIENTS)
                 revision, stored = await pipe.execute()
-        except (RedisError, OSError):
+        except (StoreError, RedisError, OSError):
             return
-        if revision is None:
-            return
+        if revision is not None:
+            self._take(revision, stored)
+
+    def _take(self, revision: bytes, stored: dict[bytes, bytes]) -> None:
         found = {client_id.decode(): _decode(raw) for client_id, raw in stored.items()}
         self._held = {client_id: one for client_id, one in found.items() if one is not None}
         self._revision = revision
@@ -136,9 +140,21 @@ class ClientRegistry:
         self._held = {**self._held, client_id: registered}
         return registered
 
-    async def _run(self, client_id: str, expected: bytes, wanted: bytes, otherwise: RequestRefused) -> None:
+    async def _put_back(self) -> None:
+        """Where the primary has no clients at all, those that are held: it lost its data."""
+        if not self._held or await self._primary.write("GET", _REVISION) is not None:
+            return
+        for client_id, registered in self._held.items():
+            await self._script(client_id, b"", msgspec.json.encode(registered))
+        _log.warning("the primary had lost its clients: put back", count=len(self._held))
+
+    async def _script(self, client_id: str, expected: bytes, wanted: bytes) -> Any:
         arguments = (client_id, expected, wanted, secrets.token_hex(16), str(CLIENTS_MAX))
-        outcome = await self._primary.run("client_put.lua", (_CLIENTS, _REVISION), arguments)
+        return await self._primary.run("client_put.lua", (_CLIENTS, _REVISION), arguments)
+
+    async def _run(self, client_id: str, expected: bytes, wanted: bytes, otherwise: RequestRefused) -> None:
+        await self._put_back()
+        outcome = await self._script(client_id, expected, wanted)
         if outcome == b"full":
             raise RequestRefused("clients_too_many", f"there are {CLIENTS_MAX} clients already", status=409)
         if outcome != b"done":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from msgspec import UNSET, Meta, UnsetType
 
 from keyservice.bearer import AdminBearer
 from keyservice.clients import ClientLookup
@@ -13,6 +15,7 @@ from keyservice.core.ids import uuid7
 from keyservice.ending import SessionEnd
 from keyservice.errors import RequestRefused
 from keyservice.granting import Granting
+from keyservice.limits import ACR_CHARS_MAX, AMR_MAX
 from verifier.limits import IDENTIFIER_BYTES_MAX
 
 from .admin_revocations import receipt_response
@@ -24,13 +27,27 @@ __all__ = ["router"]
 SCOPE = "keyservice:sessions:write"
 
 
+_Word = Annotated[str, Meta(min_length=1, max_length=ACR_CHARS_MAX)]
+
+
 class SessionRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """Who logged in, by which client, for which audience. Without ``scope`` the client's own."""
+    """Who logged in, by which client, for which audience. Without ``scope`` the client's own.
+
+    ``auth_time`` (Unix seconds), ``acr`` and ``amr`` go into every token of the session (RFC 9068 section 2.2.1).
+    """
 
     sub: str
     client_id: str
     audience: str | list[str]
     scope: str | None = None
+    auth_time: Annotated[int, Meta(ge=0, lt=10**13)] | UnsetType = UNSET
+    acr: _Word | UnsetType = UNSET
+    amr: Annotated[tuple[_Word, ...], Meta(min_length=1, max_length=AMR_MAX)] | UnsetType = UNSET
+
+    def authentication(self) -> dict[str, Any]:
+        """What is given of them."""
+        given = {"auth_time": self.auth_time, "acr": self.acr, "amr": self.amr}
+        return {name: value for name, value in given.items() if value is not UNSET}
 
 
 def router(
@@ -54,7 +71,7 @@ def router(
         if not 0 < len(wanted.sub.encode()) <= IDENTIFIER_BYTES_MAX:
             raise RequestRefused("sub_invalid", f"sub has 1 to {IDENTIFIER_BYTES_MAX} bytes")
         audience = (wanted.audience,) if isinstance(wanted.audience, str) else tuple(wanted.audience)
-        granted = await granting.start_session(client, wanted.sub, audience, wanted.scope)
+        granted = await granting.start_session(client, wanted.sub, audience, wanted.scope, wanted.authentication())
         return json_response({**granted.response(), "sid": granted.sid}, 201)
 
     @routes.delete("/{sid}")

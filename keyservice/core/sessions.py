@@ -36,7 +36,7 @@ import re
 import secrets
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -65,6 +65,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: int
     after: tuple[str, ...] = ()
     """Ids of the cut-offs that were known and live when the session began: they do not hit it."""
+    authentication: dict[str, Any] = {}
+    """``auth_time``, ``acr``, ``amr`` as the login service gave them, the same at each refresh (RFC 9068, 2.2.1)."""
 
 
 def new_sid() -> str:

@@ -71,9 +71,14 @@ async def test_clients_go_on_without_any_server_and_survive_one_that_comes_back_
     secret = (await add(running))["client_secret"]
     await running.until(lambda: running.frontend.registry._revision)
     with server.client() as client:
+        stored = client.hgetall("{ks}:clients")
         client.delete("{ks}:clients", "{ks}:clients:revision")
-    await running.frontend.registry.once()
-    assert await status(running, "billing", secret) == 200
+        await running.frontend.registry.once()
+        assert await status(running, "billing", secret) == 200
+        assert client.hgetall("{ks}:clients") == stored, "put back"
+        client.delete("{ks}:clients", "{ks}:clients:revision")
+        await add(running, client_id="another")
+        assert set(client.hgetall("{ks}:clients")) == {b"billing", b"another"}
     server.kill()
     await running.frontend.registry.once()
     assert await status(running, "billing", secret) == 200

@@ -131,6 +131,14 @@ async def test_a_refresh_gives_a_token_of_the_same_session(running: Running) -> 
     assert (await refresh(running, first.json()["refresh_token"])).status_code == 200
 
 
+async def test_how_a_user_was_authenticated_is_in_every_token_of_the_session(running: Running) -> None:
+    known = {"auth_time": 1_700_000_000, "acr": "x" * 256, "amr": ["pwd", *["otp"] * 7]}
+    session = await start_session(running, **known)
+    renewed = (await refresh(running, session["refresh_token"])).json()
+    for token in (session["access_token"], renewed["access_token"]):
+        assert {name: value for name, value in claims_of(token).items() if name in known} == known
+
+
 async def test_a_refresh_token_is_bound_to_its_client_and_scope(running: Running) -> None:
     session = await start_session(running)
     assert (await refresh(running, session["refresh_token"], "orders")).json()["error"] == "invalid_grant"
@@ -193,6 +201,10 @@ async def test_logging_out_ends_the_session(running: Running, server: Any) -> No
         ({"sub": ""}, "sub_invalid"),
         ({"sub": "x" * 257}, "sub_invalid"),
         ({"surprise": 1}, "body_invalid"),
+        ({"auth_time": True}, "body_invalid"),
+        ({"auth_time": -1}, "body_invalid"),
+        ({"acr": "x" * 257}, "body_invalid"),
+        ({"amr": ["pwd"] * 9}, "body_invalid"),
     ],
 )
 async def test_a_session_only_has_what_its_client_may_have(running: Running, change: dict[str, Any], code: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import redis
 
+from keyservice.store import load_script
 from regions.embedded import (
     SOCKET_NAME_BYTES_MAX,
     SOCKET_PATH_BYTES_MAX,
@@ -271,6 +272,22 @@ def test_the_key_services_script_may_ask_who_is_primary_and_append_with_explicit
         assert append(keys=keys, args=["7"]) == "7-0"
         assert append(keys=keys, args=["7"]) == "7-1"
         assert client.hget("{trust}:scripted-meta", "last") == "7-1"
+
+
+@pytest.mark.parametrize(
+    ("script", "keys", "arguments", "answer"),
+    [
+        ("session_start.lua", ["{ks}:session:s"], ["{}", "family", "one", "4102444800"], 1),
+        ("refresh.lua", ["{ks}:session:s", "{ks}:successor:s"], ["one", "family", "two", "sealed", "9000"], [b"fresh"]),
+        ("client_put.lua", ["{ks}:clients", "{ks}:clients:revision"], ["c", "", "{}", "r", "9"], b"done"),
+    ],
+)
+def test_the_key_service_may_do_what_its_sessions_and_clients_need(
+    cluster: Cluster, script: str, keys: list[str], arguments: list[str], answer: Any
+) -> None:
+    with cluster.client("a", "keyservice") as client:
+        assert client.eval(load_script(script)[0], len(keys), *keys, *arguments) == answer
+        client.delete("{ks}:clients", "{ks}:clients:revision")
 
 
 def test_the_same_script_is_refused_on_a_replica(cluster: Cluster) -> None:
