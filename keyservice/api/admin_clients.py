@@ -29,6 +29,7 @@ __all__ = ["router"]
 READ_SCOPE: Final = "keyservice:clients:read"
 WRITE_SCOPE: Final = "keyservice:clients:write"
 OWN_SCOPES: Final = "keyservice:"
+NEW: Final = "new"
 
 Alg = Literal["RS256", "HS256"]
 
@@ -137,7 +138,7 @@ class _Api:
     async def change(self, client_id: str, request: Request) -> Response:
         caller = self._caller(request, WRITE_SCOPE)
         patch = await read_json(request, ClientPatch)
-        secret, hashed = await self._secret() if patch.secret == "new" else (None, "")
+        secret, hashed = await self._secret() if patch.secret == NEW else (None, "")
         changes = patch.changes() | ({} if patch.secret is UNSET else {"secret_hash": hashed})
 
         def changed(before: Client) -> Client:
