@@ -50,7 +50,7 @@ class SessionStore:
 
     async def get(self, sid: str) -> Session | None:
         """The session, or None if it ended, expired or never was."""
-        return _decode(await self._primary.write("HGET", _key(sid), "data"))
+        return _decode((await self._held_by_primary(sid))[0])
 
     async def redeem(self, old: RefreshToken) -> Redemption:
         """Consume ``old``. After :class:`OutcomeUnknown` it may be consumed, and can be repeated within the grace."""
@@ -73,7 +73,7 @@ class SessionStore:
         same, and then :class:`StoreError` is raised.
         """
         try:
-            held = await self._primary.write("HMGET", _key(token.sid), "data", "family")
+            held = await self._held_by_primary(token.sid)
         except StoreError:
             held = await self._held_here(token.sid)
             if held[0] is None:
@@ -82,6 +82,9 @@ class SessionStore:
         if not hmac.compare_digest(family or b"", token.family_digest.encode()):
             return None
         return _decode(data)
+
+    async def _held_by_primary(self, sid: str) -> list[Any]:
+        return list(await self._primary.run("session_get.lua", (_key(sid),), ()))
 
     async def _held_here(self, sid: str) -> list[Any]:
         try:

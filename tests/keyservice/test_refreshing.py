@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keyservice.core.sessions import RefreshToken
 from keyservice.settings import Settings
-from tests.keyservice.support import ISSUER, Proxy, Running, Server
+from tests.keyservice.support import ISSUER, Proxy, Running, Server, eventually, until
+from tests.keyservice.three import StartThree
 
 WEB = ("web", "s3cret")
 
@@ -258,6 +260,48 @@ async def test_a_failover_that_brings_an_ended_session_back_lets_it_refresh_no_m
         client.restore(session_key(session), 0, before, replace=True)
         assert await is_refused(running, session["refresh_token"])
         assert not client.exists(session_key(session))
+
+
+async def test_a_real_failover_that_lost_the_last_refresh_leaves_nobody_two_sessions(
+    start_three: StartThree, run_dir: Path
+) -> None:
+    """us is promoted before the refresh reaches it; then the primary's region is gone."""
+    three = await start_three()
+    eu, us = three.running["eu"], three.running["us"]
+    replication = three.proxies["us to ap"] = Proxy(run_dir / "replication", three.servers["us"].socket)
+    session = await start_session(eu)
+    with three.servers["us"].client() as promoted, three.servers["ap"].client() as other:
+        until(lambda: promoted.exists(session_key(session)), 60)
+        promoted.replicaof("NO", "ONE")
+        lost = await successor(eu, session["refresh_token"])
+        await three.stop("eu")
+        three.servers["eu"].kill()
+        other.replicaof("127.0.0.1", await replication.open_port())
+    for region in ("us", "ap"):
+        await three.proxies[region].lead_to(three.servers["us"].socket)
+    await us.until(lambda: us.service.beats.problem is None, 60)
+    await us.ready(60)
+
+    kept = await eventually(lambda: refresh(us, session["refresh_token"]), lambda answer: answer.status_code == 200)
+    assert kept.json()["refresh_token"] != lost
+    assert await is_refused(us, lost)
+    assert await is_refused(us, kept.json()["refresh_token"])
+    await three.until_all(lambda running: is_revoked(running, session))
+
+
+async def test_a_session_that_a_replica_has_not_got_yet_is_not_called_over(
+    start_server: Callable[..., Server], make_settings: Callable[..., Settings], proxy: Proxy, start_service: Any
+) -> None:
+    """The primary was demoted and lacks the session: that is an outage, and no reason to log anybody out."""
+    running = await start_service(make_settings(proxy.url))
+    session = await start_session(running)
+    replica = start_server("replica")
+    with replica.client() as client:
+        client.replicaof("127.0.0.1", "1")
+    await proxy.lead_to(replica.socket)
+    answer = await refresh(running, session["refresh_token"])
+    assert (answer.status_code, answer.json()["error"]) == (503, "temporarily_unavailable")
+    assert answer.json()["error_description"].startswith("session_store_unreachable")
 
 
 # -- without the primary ----------------------------------------------------------------------------------------------

@@ -278,6 +278,7 @@ def test_the_key_services_script_may_ask_who_is_primary_and_append_with_explicit
     ("script", "keys", "arguments", "answer"),
     [
         ("session_start.lua", ["{ks}:session:s"], ["{}", "family", "one", "4102444800"], 1),
+        ("session_get.lua", ["{ks}:session:s"], [], [b"{}", b"family"]),
         ("refresh.lua", ["{ks}:session:s", "{ks}:successor:s"], ["one", "family", "two", "sealed", "9000"], [b"fresh"]),
         ("client_put.lua", ["{ks}:clients", "{ks}:clients:revision"], ["c", "", "{}", "r", "9"], b"done"),
     ],
