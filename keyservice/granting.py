@@ -211,8 +211,8 @@ class Granting:
         return snapshot.live_cutoffs(self._issuer_name, sub or client_id, client_id, self._clock())
 
     def _issue(self, grant: Grant, client: Client) -> Granted:
-        token = self._issuer.issue(grant, client.token_alg)
-        return Granted(token, self._issuer.ttl_s, grant.scope, grant.sid)
+        issued = self._issuer.issue(grant, client.token_alg)
+        return Granted(issued.token, issued.expires_in, grant.scope, grant.sid)
 
     def _count(self, granted: Granted, client: Client, kind: str) -> Granted:
         self._metrics.tokens.labels(kind, client.token_alg).inc()
