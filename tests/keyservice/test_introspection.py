@@ -9,6 +9,7 @@ from typing import Any
 import jwt
 import pytest
 
+from keyservice.errors import SigningUnavailable
 from keyservice.jobs import end
 from keyservice.settings import Settings
 from tests.keyservice.support import HS256_SECRET, ISSUER, Running, Server
@@ -167,3 +168,18 @@ async def test_a_clock_that_is_off_says_nothing_of_any_token(
     answer = await ask(running, token)
     assert answer.status_code == 503
     assert answer.json()["error_description"].startswith("clock_skew")
+
+
+async def test_past_the_signing_lease_tokens_are_still_judged(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await running.token("orders")
+
+    def expired() -> None:
+        raise SigningUnavailable("signing_lease_expired", "for too long")
+
+    monkeypatch.setattr(running.frontend, "_check_lease", expired)
+    form = {"grant_type": "client_credentials"}
+    answer = await running.public.post("/oauth2/token", data=form, auth=("orders", "s3cret"))
+    assert answer.json()["error_description"].startswith("signing_lease_expired")
+    assert (await answer_for(running, token))["active"] is True
