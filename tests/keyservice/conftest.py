@@ -113,7 +113,9 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "jwt_secret": HS256_SECRET,
             "clients_file": clients_file,
             "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
-            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending
+            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending,
+            "max_staleness_s": 60,  # stale
+            "refresh_grace_s": 300,  # or a reuse
         }
         return load_settings(**{**given, **overrides})
 
