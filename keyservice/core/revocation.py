@@ -151,9 +151,9 @@ def _until(exp: Any) -> float | None:
     return float(exp)
 
 
-def sid_draft(sid: str, entry_id: str, until: float, policy: RevocationPolicy) -> Draft:
+def sid_draft(sid: str, entry_id: str, until: float, policy: RevocationPolicy, reason: str = "") -> Draft:
     """The end of a session whose last token expires at ``until`` (Unix seconds)."""
-    return Draft(entry_id, "sid", policy.issuer, sid, None, "", until)
+    return Draft(entry_id, "sid", policy.issuer, sid, None, reason, until)
 
 
 def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
