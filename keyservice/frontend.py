@@ -245,7 +245,10 @@ class Frontend:
             raise KeySetUnavailable("keys_unavailable", "no key has been published yet")
         if silence_s > KEYS_SILENCE_MAX_S:
             raise KeySetUnavailable("key_set_unconfirmed", f"the key set was last read {silence_s:.0f} s ago")
-        if self._age_s() > self._settings.partition_budget_s:
+        age_s = self._age_s()
+        if math.isinf(age_s):
+            raise KeySetUnavailable("mirror_not_synced", "the trust log has not been read yet")
+        if age_s > self._settings.partition_budget_s:
             message = "this region has been cut off for longer than the partition budget; ask another one"
             raise KeySetUnavailable("partition_budget_exceeded", message)
         return document

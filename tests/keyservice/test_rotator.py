@@ -266,6 +266,7 @@ async def test_a_private_half_that_nobody_has_stops_signing_and_makes_no_new_key
     with pytest.raises(SigningUnavailable, match="private half") as caught:
         again.frontend.ring.signing_key()
     assert caught.value.code == "private_key_missing"
+    await again.until(lambda: again.service.mirror.view.freshness.applied is not None)
     assert (await again.public.get("/.well-known/jwks.json")).status_code == 200
     await again.frontend.rotator.tick()
     assert states(again) == before
