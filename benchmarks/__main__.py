@@ -1,9 +1,12 @@
 """The benchmarks: `python -m benchmarks [NAME …] [--json] [--quick] [--no-write]`.
 
 Without names: all of `SPEED`. They print tables, and write `benchmarks/results.json` and `docs/images/bench.svg`.
+Then `mirror_memory`, unless with --quick or --json.
+
 `compare` instead of names runs the ratios three times and fails if one is a quarter worse than the committed file's.
 
-The others, of `REGIONS`, measure a cluster; each prints a table of its own, in a process of its own. `regions`: all.
+The others, of `REGIONS`, measure a mirror or a cluster; each prints a table of its own, in a process of its own.
+`regions`: all.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from benchmarks.report import Report, read, show, write
 
 SPEED = ("cold", "warm", "threads", "http_share", "start_up", "load")
 REGIONS = (
+    "mirror_memory",
     "link_accuracy",
     "revocation_lag",
     "receipts",
@@ -94,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="see that everything runs; the numbers mean nothing")
     parser.add_argument("--no-write", action="store_true", help="leave results.json and the picture as they are")
     options = parser.parse_args(arguments)
-    names = options.names or SPEED
+    names = options.names or (SPEED if options.quick or options.json else (*SPEED, "mirror_memory"))
     if "compare" in names:
         return run_compare(options)
     speed = [name for name in names if name in SPEED]

@@ -37,7 +37,7 @@ from .jobs import Beats, KeyPoll, TrimJob, end, repeat
 from .keeper import KeeperRunner
 from .keeper_disk import SqliteDisk
 from .keeper_keys import KeyKeeper
-from .limits import KEEPER_TAIL_BLOCK_MS, KEEPER_TICK_S, KEYS_POLL_S
+from .limits import CLIENTS_POLL_S, KEEPER_TAIL_BLOCK_MS, KEEPER_TICK_S, KEYS_POLL_S
 from .primary import primary_node
 from .receipts import Receipts
 from .settings import Settings
@@ -198,6 +198,8 @@ class Service:
             rounds.append((self.keeper.once, lambda: KEEPER_TICK_S))
             rounds.append((self._trimming.once, lambda: TRIM_EVERY_S))
         if self.frontend is not None:
+            await self.frontend.registry.once()
+            rounds.append((self.frontend.registry.once, lambda: CLIENTS_POLL_S))
             self.frontend.start()
         self._tasks = [asyncio.create_task(repeat(once, pause_s, self._stopping)) for once, pause_s in rounds]
 
@@ -258,6 +260,11 @@ class Service:
         if not view.freshness.synced:
             raise SigningUnavailable("mirror_not_synced", "the revocations have not been read yet")
         return view.snapshot
+
+    def is_fresh(self, view: View) -> bool:
+        """Whether what this view shows of the revocations is recent, and a majority of regions vouches for it."""
+        bound_s = self.settings.max_staleness_s
+        return view.freshness.staleness(now=self.clock(), mono=time.monotonic(), max_staleness_s=bound_s).fresh
 
     def enforce(self, entries: list[Entry]) -> None:
         """Put entries in force here, before they come back from the log."""

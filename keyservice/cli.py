@@ -1,6 +1,6 @@
 """The command ``keyservice``.
 
-``serve`` runs the service. ``keys``, ``keepers`` and ``bridge`` talk to a running one over its admin API
+``serve`` runs the service. ``keys``, ``clients``, ``keepers`` and ``bridge`` talk to a running one over its admin API
 (:mod:`keyservice.admin_client`).
 
 Exit codes: 0 done · 2 wrong usage or setting · 4 could not run. Errors are one line on standard error.
@@ -8,7 +8,6 @@ Exit codes: 0 done · 2 wrong usage or setting · 4 could not run. Errors are on
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from .bridge_command import bridge
+from .cli_clients import clients
 from .cli_keepers import keepers
 from .cli_keys import keys
 from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError
@@ -24,7 +24,6 @@ from .errors import EXIT_CANNOT_RUN, EXIT_USAGE, KeyserviceError, SettingError
 __all__ = ["main"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-clients = typer.Typer(no_args_is_help=True, help="The clients file.")
 app.add_typer(keys, name="keys")
 app.add_typer(clients, name="clients")
 app.add_typer(keepers, name="keepers")
@@ -61,23 +60,6 @@ def serve(
     settings = load_settings() if role is None else load_settings(role=role.value)
     configure_logging(settings.log_level, settings.log_format)
     run(settings)
-
-
-@clients.command("hash")
-def hash_secret(
-    secret: Annotated[
-        str | None, typer.Argument(help="The secret; standard input if absent.", show_default=False)
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Print the Argon2id hash that belongs into the clients file."""
-    from .clients import hash_secret as make
-
-    text = secret if secret is not None else sys.stdin.readline().rstrip("\n")
-    if not text:
-        raise SettingError("secret_missing", "give a secret as an argument or on standard input")
-    hashed = make(text)
-    print(json.dumps({"secret_hash": hashed}) if as_json else hashed)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -12,6 +12,8 @@
     ├── EnvelopeError         a wrapped private key cannot be opened
     ├── SigningUnavailable    no token can be signed now, by name
     ├── KeySetUnavailable     no key set can be served now, by name
+    ├── CannotVouch           neither yes nor no can be said of a token now, by name
+    ├── RevocationPending     stored, and not known yet to be with a majority of regions
     ├── FeedUnavailable       the revocation feed cannot be served now, by name
     ├── ClockSkewed           this machine's clock is off: nothing that needs the time is done
     ├── RequestRefused        the request's fault: an HTTP 4xx
@@ -28,6 +30,7 @@ from typing import Final
 __all__ = [
     "EXIT_CANNOT_RUN",
     "EXIT_USAGE",
+    "CannotVouch",
     "ClockSkewed",
     "EnvelopeError",
     "FeedUnavailable",
@@ -39,6 +42,7 @@ __all__ = [
     "PrimaryUnreachable",
     "Refused",
     "RequestRefused",
+    "RevocationPending",
     "SettingError",
     "SigningUnavailable",
     "StartError",
@@ -127,6 +131,21 @@ class SigningUnavailable(KeyserviceError):
 
 class KeySetUnavailable(KeyserviceError):
     """No key set can be served now, by name: HTTP 503."""
+
+
+class CannotVouch(KeyserviceError):
+    """Whether a token is good cannot be said now: HTTP 503. Nothing was done.
+
+    ``keys_unavailable``, ``keys_behind`` (its key may be newer than those known here) or ``revocations_stale``.
+    """
+
+
+class RevocationPending(KeyserviceError):
+    """Stored by this region's keeper, its outcome open: HTTP 503 where a protocol knows done and not done only."""
+
+    def __init__(self) -> None:
+        message = "stored and in force here; a majority of regions has not confirmed it yet; a retry is safe"
+        super().__init__("revocation_pending", message)
 
 
 class FeedUnavailable(KeyserviceError):

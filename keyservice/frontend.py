@@ -9,25 +9,43 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter
 from starlette.types import ASGIApp
 
+from verifier.jwk import HmacKey, KeySet
 from verifier.log import Entry
 
-from .api import admin_keepers, admin_keys, admin_revocations, admin_sessions, feed, oauth
+from .api import (
+    admin_clients,
+    admin_keepers,
+    admin_keys,
+    admin_revocations,
+    admin_sessions,
+    discovery,
+    feed,
+    oauth,
+    tokens,
+)
+from .api.client_auth import ClientAuth
 from .api.jwks import JwksFirst
+from .assertions import Assertions
 from .bearer import AdminBearer
 from .clients import Authenticator, Clients
 from .compromising import Compromiser
+from .ending import SessionEnd
 from .envelope import Kek
 from .errors import KeySetUnavailable, SigningUnavailable, StartError
 from .evidence import Evidence, read_evidence
 from .feed import Feed
 from .granting import Granting
+from .introspection import Introspector
 from .issuing import Issuer, SharedSecret
 from .jobs import RotationJob
 from .keyring import Document, Keyring
 from .limits import KEYS_SILENCE_MAX_S
+from .own_tokens import OwnTokens
+from .registry import ClientRegistry
 from .revoking import Revoker
 from .rotator import Rotator
 from .sessions import SessionStore
+from .token_revocation import TokenRevocation
 from .trust import read_keys
 
 if TYPE_CHECKING:
@@ -79,9 +97,12 @@ class Frontend:
             clock=service.clock,
         )
         self.feed = Feed(service.own, service.metrics)
-        self._build_tokens(clients)
+        self.registry = ClientRegistry(clients, service.primary, service.own, clock=service.clock)
+        self._authenticator = Authenticator(self.registry)
+        self._build_tokens()
+        self._build_shown_tokens()
 
-    def _build_tokens(self, clients: Clients) -> None:
+    def _build_tokens(self) -> None:
         service, settings = self._service, self._settings
         secret = settings.jwt_secret
         issuer = Issuer(
@@ -93,11 +114,18 @@ class Frontend:
             lifetime_max_s=self._lifetime_max_s,
             shared_secret=SharedSecret(secret.get_secret_value()) if secret is not None else None,
         )
-        self._sessions = SessionStore(service.primary)
-        self._authenticator = Authenticator(clients)
+        self._sessions = SessionStore(service.primary, service.own, grace_s=settings.refresh_grace_s)
+        self._end = SessionEnd(
+            self.revoker,
+            self._sessions,
+            settings.revocation_policy,
+            session_life_s=settings.session_life_s,
+            clock=service.clock,
+        )
         self._granting = Granting(
             issuer,
             self._sessions,
+            self._end,
             service.metrics,
             issuer_name=settings.issuer,
             session_ttl_s=settings.session_ttl_s,
@@ -110,43 +138,101 @@ class Frontend:
             leeway_s=settings.leeway_s,
             max_token_lifetime_s=settings.max_token_lifetime_s,
             clock=service.clock,
-            keys=lambda: self.ring.document.keys if self.ring.document is not None else None,
+            keys=self._keys,
             snapshot=service.revocations,
         )
+
+    def _build_shown_tokens(self) -> None:
+        """What takes tokens that others were given: to introspect and to revoke them."""
+        service = self._service
+        self._client_auth = ClientAuth(
+            self._authenticator,
+            Assertions(
+                self.registry,
+                self._assertion_audiences(),
+                service.primary,
+                service.metrics,
+                leeway_s=self._settings.leeway_s,
+                clock=service.clock,
+                primary_answers=lambda: service.beats.problem is None,
+            ),
+        )
+        self._introspector = Introspector(
+            self._own_tokens(self._settings.max_skew_s),
+            service.metrics,
+            clock=service.clock,
+            view=lambda: service.mirror.view,
+            gate=self._may_judge,
+            is_fresh=service.is_fresh,
+            allow_stale=self._settings.introspect_on_stale == "allow",
+        )
+        self._token_revocation = TokenRevocation(
+            self._own_tokens(self._settings.leeway_s),
+            self._sessions,
+            self._end,
+            self.revoker,
+            view=lambda: service.mirror.view,
+        )
+
+    def _own_tokens(self, leeway_s: float) -> OwnTokens:
+        settings, secret = self._settings, self._settings.jwt_secret
+        return OwnTokens(
+            issuer=settings.issuer,
+            leeway_s=leeway_s,
+            max_token_lifetime_s=settings.max_token_lifetime_s,
+            hs256_keys=() if secret is None else (HmacKey.from_secret(secret.get_secret_value().encode()),),
+            clock=self._service.clock,
+            keys=self._keys,
+            is_fresh=self._service.is_fresh,
+        )
+
+    def _assertion_audiences(self) -> tuple[str, str]:
+        issuer = self._settings.issuer
+        return issuer, str(discovery.metadata(issuer)["token_endpoint"])
+
+    def _keys(self) -> KeySet | None:
+        return self.ring.document.keys if self.ring.document is not None else None
 
     # -- routes -----------------------------------------------------------------------------------------------------
 
     def public_routers(self) -> tuple[APIRouter, ...]:
         """For anybody."""
+        settings = self._settings
         return (
-            oauth.router(self._authenticator, self._granting, self._service.metrics),
+            oauth.router(self._client_auth, self._granting, self._service.metrics),
+            tokens.router(self._client_auth, self._introspector, self._token_revocation),
+            discovery.router(settings.issuer, settings.jwks_max_age_s),
             feed.router(self._bearer, self.feed),
         )
 
     def admin_routers(self) -> tuple[APIRouter, ...]:
         """For administration."""
-        settings = self._settings
         return (
             admin_sessions.router(
                 self._bearer,
-                self._authenticator,
+                self.registry,
                 self._granting,
-                self._sessions,
-                self.revoker,
-                settings.revocation_policy,
-                session_life_s=settings.session_life_s,
+                self._end,
+                clock=self._service.clock,
+            ),
+            admin_clients.router(
+                self._bearer,
+                self.registry,
+                self._authenticator,
+                hs256=self._settings.jwt_secret is not None,
                 clock=self._service.clock,
             ),
             admin_revocations.router(self._bearer, self.revoker),
             admin_keys.router(
-                self._bearer, self.ring, self.rotator, self._compromiser, settings, refresh=self._rotation.wake
+                self._bearer, self.ring, self.rotator, self._compromiser, self._settings, refresh=self._rotation.wake
             ),
             admin_keepers.router(self._bearer, self._service.trust, self._own_evidence, self._primary_evidence),
         )
 
     def in_front(self, app: ASGIApp) -> ASGIApp:
         """The key set is answered before any routing."""
-        return JwksFirst(app, self.served, self._settings.jwks_max_age_s)
+        first = JwksFirst(app, self.served, self._settings.jwks_max_age_s)
+        return discovery.UnderIssuerPath(first, self._settings.issuer)
 
     def served(self) -> Document:
         """The key set to serve now; raises :class:`KeySetUnavailable`.
@@ -212,9 +298,13 @@ class Frontend:
     # -- what others ask --------------------------------------------------------------------------------------------
 
     def _may_sign(self) -> None:
+        self._may_judge()
+        self._check_lease()
+
+    def _may_judge(self) -> None:
+        """Whether a token can be called good or expired at all: past the lease too."""
         self._service.revocations()
         self._service.beats.check_clock()
-        self._check_lease()
 
     def _check_lease(self) -> None:
         """A region that is cut off signs for the partition budget and no longer."""

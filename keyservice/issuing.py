@@ -7,9 +7,9 @@ no ``kid``, signed with the shared secret. python-jose signs; nothing here verif
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 from jose import jwt
 from jose.backends.cryptography_backend import CryptographyRSAKey
@@ -18,7 +18,7 @@ from .core.ids import uuid7
 from .envelope import Sealed
 from .errors import SigningUnavailable
 
-__all__ = ["Grant", "Issuer", "SharedSecret", "SigningKey"]
+__all__ = ["Grant", "Issued", "Issuer", "SharedSecret", "SigningKey"]
 
 
 class SigningKey(Sealed):
@@ -50,7 +50,8 @@ class SharedSecret(Sealed):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a token is to say. ``after`` names the live cut-offs that do not hit it."""
+    """What a token is to say. ``after`` names the live cut-offs that do not hit it, ``authentication`` how its subject
+    proved who it is (RFC 9068 section 2.2.1)."""
 
     sub: str
     client_id: str
@@ -58,6 +59,14 @@ class Grant:
     scope: str
     after: tuple[str, ...] = ()
     sid: str | None = None
+    authentication: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Issued(NamedTuple):
+    """A token and how many seconds it lasts, which may be fewer than usual."""
+
+    token: str
+    expires_in: int
 
 
 class Issuer:
@@ -83,14 +92,15 @@ class Issuer:
         self._gate = gate
         self._lifetime_max_s = lifetime_max_s
         self._shared_secret = shared_secret
-        self.ttl_s: Final = ttl_s
+        self._ttl_s = ttl_s
 
-    def issue(self, grant: Grant, alg: str = "RS256") -> str:
+    def issue(self, grant: Grant, alg: str = "RS256") -> Issued:
         """A signed access token; raises :class:`SigningUnavailable`, also for what ended while it was signed."""
         self._gate()
-        token = self._sign(self.claims(grant), alg)
+        claims = self.claims(grant)
+        token = self._sign(claims, alg)
         self._gate()
-        return token
+        return Issued(token, claims["exp"] - claims["iat"])
 
     def _sign(self, claims: dict[str, Any], alg: str) -> str:
         if alg != "HS256":
@@ -102,7 +112,7 @@ class Issuer:
     def claims(self, grant: Grant) -> dict[str, Any]:
         """RFC 9068 section 2.2; ``aud`` is a string where there is one audience (RFC 7519 section 4.1.3)."""
         now = self._clock()
-        issued_at, lifetime_s = int(now), min(self.ttl_s, math.floor(self._lifetime_max_s()))
+        issued_at, lifetime_s = int(now), min(self._ttl_s, math.floor(self._lifetime_max_s()))
         if lifetime_s <= 0:
             message = "the key set could not be read for so long that the active key may have been replaced"
             raise SigningUnavailable("key_set_unconfirmed", message)
@@ -115,5 +125,5 @@ class Issuer:
             "exp": issued_at + lifetime_s,
             "jti": uuid7(now),
         }
-        optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after)}
+        optional = {"scope": grant.scope, "sid": grant.sid, "after": list(grant.after), **grant.authentication}
         return {**claims, **{name: value for name, value in optional.items() if value}}

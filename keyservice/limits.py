@@ -33,6 +33,10 @@ SCOPE_CHARS_MAX: Final = 4_096
 AUDIENCES_MAX: Final = 16
 """Of one token, for the same reason."""
 
+ACR_CHARS_MAX: Final = 256
+AMR_MAX: Final = 8
+"""How somebody was authenticated, in every token of a session: names, and a handful of methods."""
+
 LIST_PAGE_MAX: Final = 1_000
 """Revocations in one answer of ``GET /admin/revocations``."""
 
@@ -158,6 +162,24 @@ ARGON2_THREADS: Final = 2
 
 ARGON2_WAITING_MAX: Final = 64
 """Verifications that may wait for a thread; more are answered 503 at once."""
+
+CLIENTS_MAX: Final = 10_000
+"""Clients made by the admin API: every instance holds all of them, about 1 kB each."""
+
+CLIENT_KEYS_MAX: Final = 8
+"""Keys of one client: two suffice to change from one to the next."""
+
+CLIENT_LIST_MAX: Final = 64
+"""Scopes, and audiences, of one client: they end up in tokens and error messages."""
+
+CLIENTS_POLL_S: Final = 1.0
+"""How often the region's replica is asked whether clients changed: one GET."""
+
+ASSERTION_LIFE_MAX_S: Final = 300.0
+"""``exp`` of a client assertion lies no further ahead: so long its ``jti`` is remembered (RFC 7523 section 3)."""
+
+ASSERTIONS_REMEMBERED_MAX: Final = 10_000
+"""Of one instance, about 1 MB; only assertions of registered clients are remembered."""
 
 VERIFIED_SECRETS_MAX: Final = 1_024
 """Recently verified client secrets kept as keyed hashes."""

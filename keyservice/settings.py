@@ -135,6 +135,9 @@ class Settings(BaseSettings):
 
     access_token_ttl_s: int = Field(900, ge=1)
     session_ttl_s: int = Field(43_200, ge=1)
+    refresh_grace_s: float = Field(30, ge=0, le=300)
+    introspect_on_stale: Literal["deny", "allow"] = "deny"
+    max_staleness_s: float = Field(5, gt=0)
     max_token_lifetime_s: int = Field(86_400, ge=1)
     drop_grace_s: float = Field(300, ge=0)
     max_skew_s: float = Field(5, ge=0)
@@ -317,6 +320,11 @@ class Settings(BaseSettings):
                 self.access_token_ttl_s <= self.max_token_lifetime_s,
                 "ACCESS_TOKEN_TTL_S",
                 "must be at most KEYSERVICE_MAX_TOKEN_LIFETIME_S, or every token is refused; lower it",
+            ),
+            (
+                self.max_staleness_s * 1000 >= 10 * self.beat_interval_ms,
+                "MAX_STALENESS_S",
+                "must be at least ten times KEYSERVICE_BEAT_INTERVAL_MS, or a late beat makes it stale; raise it",
             ),
             (
                 keys_each > 0,

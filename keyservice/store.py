@@ -40,6 +40,7 @@ SCRIPTS: Final = (
     "append.lua",
     "beat.lua",
     "bump.lua",
+    "client_put.lua",
     "keys_merge.lua",
     "keys_put.lua",
     "open.lua",
@@ -49,10 +50,11 @@ SCRIPTS: Final = (
     "register.lua",
     "report.lua",
     "serving.lua",
+    "session_get.lua",
     "session_start.lua",
     "trim.lua",
 )
-UNCHECKED: Final = frozenset({"refresh.lua", "session_start.lua"})
+UNCHECKED: Final = frozenset({"client_put.lua", "refresh.lua", "session_get.lua", "session_start.lua"})
 """Scripts on ``{ks}:*`` alone, which have no part in the trust log's checks."""
 
 

@@ -51,6 +51,23 @@ class Metrics:
         self.tokens = Counter(
             "keyservice_tokens_issued", "Access tokens by grant and algorithm", ("grant", "alg"), registry=registry
         )
+        self.sessions = Counter(
+            "keyservice_sessions_started", "Sessions, by whether they could be stored", ("outcome",), registry=registry
+        )
+        self.refreshes = Counter(
+            "keyservice_refreshes",
+            "Refresh tokens presented: fresh, repeated, reused, revoked or unknown",
+            ("outcome",),
+            registry=registry,
+        )
+        self.introspections = Counter(
+            "keyservice_introspections", "Tokens introspected, by answer", ("outcome",), registry=registry
+        )
+        self.assertions_alone = Counter(
+            "keyservice_assertions_checked_alone",
+            "Client assertions that only this instance's memory was asked about",
+            registry=registry,
+        )
         self.refused_tokens = Counter(
             "keyservice_token_requests_refused", "Token requests refused, by error code", ("code",), registry=registry
         )

@@ -153,13 +153,19 @@ class UnknownKid(InvalidToken):
         super().__init__("kid_unknown", step=3)
 
 
-def check_header(header: Header, rules: Rules) -> None:
-    """Step 2's policy: the algorithm and the type; raises :class:`InvalidToken`."""
+def check_header(header: Header, rules: Rules, now: float | None = None) -> None:
+    """Step 2's policy: the algorithm, at ``now`` if that is given, and the type; raises :class:`InvalidToken`."""
     if header.alg not in rules.algorithms and not (header.alg == "HS256" and rules.hs256_keys):
         allowed = sorted(rules.algorithms | ({"HS256"} if rules.hs256_keys else set()))
         raise InvalidToken("alg_not_allowed", step=2, expected=" or ".join(allowed))
     if header.typ is None:
         raise InvalidToken("typ_not_allowed", step=2, expected="JWT or at+jwt")
+    if now is not None and header.alg == "HS256" and rules.hs256_until is not None and now >= rules.hs256_until:
+        raise _cut_off(rules.hs256_until, now)
+
+
+def _cut_off(until: float, now: float) -> InvalidToken:
+    return InvalidToken("hs256_cutoff", step=2, expected=f"before {until:.0f}", actual=f"{now:.0f}")
 
 
 def choose_keys(header: Header, rules: Rules, keys: KeySet | None) -> tuple[Key, ...]:
@@ -222,7 +228,7 @@ def check_static(token: str, trust: Trust | Mapping[str, Trust], now: float) -> 
     choice = trust.choose(parsed.header)
     header, until = choice.header, choice.until
     if now >= until:
-        raise InvalidToken("hs256_cutoff", step=2, expected=f"before {until:.0f}", actual=f"{now:.0f}")
+        raise _cut_off(until, now)
     if not choice.keys and header.alg != "HS256":
         facts = check_claims(read_payload(parsed.payload), trust.rules, now)
         raise UnknownKid(facts, header.kid or "", now, trust.rules)

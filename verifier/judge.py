@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from .cache import TokenCache
+from .check import Explanation, explain
 from .claims import Claims
 from .decision import Trust, UnknownKid, check_revoked, check_static, find_revoked_kid
 from .errors import ConfigurationError, InvalidToken, RevokedToken, Undecidable
@@ -185,6 +186,11 @@ class Judge:
         if self._caches:
             self._cache.put(token, hit)
         return hit
+
+    def explain(self, token: str) -> Explanation:
+        """Every step's verdict by what is held now, but for the cache and policy."""
+        world = self._world
+        return explain(token, world.trust, None if self._mirror is None else world.revocations, self._wall())
 
     def _refusal(self, error: InvalidToken, world: World) -> InvalidToken:
         """Counted, unless newer keys may change it; a key that is gone because it was revoked is said so at once."""

@@ -18,6 +18,7 @@ from .jwk import JwksError, KeySet
 from .jwks_sources import Source, open_sources
 from .keys import JwksCache, KeysView
 from .limits import HTTP_TIMEOUT_S, UNKNOWN_KID_WAITERS_MAX
+from .log import Generation
 
 __all__ = ["JwksClient"]
 
@@ -97,6 +98,15 @@ class JwksClient:
                 )
             finally:
                 self._waiting -= 1
+
+    def expect(self, generation: Generation) -> None:
+        """Fetch soon, if the set held is older than this; called with whatever the trust log says."""
+        held = self.view.generation
+        if held is None or generation <= held:
+            return
+        with self._wake:
+            if self._cache.expect(generation, time.monotonic()):
+                self._wake.notify_all()
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Wait for a first key set; False if there is none in time."""

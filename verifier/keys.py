@@ -6,7 +6,8 @@ Rules:
 * a document is parsed completely before it replaces anything, and a bad one never does;
 * an older generation than the one held is a failed attempt, so a lagging region cannot take a key back;
 * so is a reply to a request that began before the one whose reply is held;
-* refreshed ahead of ``max-age``, with jitter, so that a fleet does not fetch at once;
+* refreshed ahead of ``max-age``, with jitter, so that a fleet does not fetch at once; and soon after the trust log has
+  told of a newer generation;
 * at most two attempts per source and :data:`~verifier.limits.JWKS_COOLDOWN_S`, whatever asks for them and however
   they end: one, and one fast retry.
 
@@ -32,6 +33,9 @@ JWKS_MAX_AGE_FLOOR_S = 1.0
 ATTEMPTS_PER_COOLDOWN = 2
 UNKNOWN_KID_SPACING = 1 / ATTEMPTS_PER_COOLDOWN
 """The share of the cooldown between two attempts that unknown ``kid`` s asked for: the budget, spread evenly."""
+
+EXPECTED_SPREAD_S = 1.0
+"""A key is published long before it signs, so that a whole fleet need not fetch it in one instant."""
 
 REFRESH_AT_SHARE = 0.8
 """The share of ``max-age`` after which a set is refreshed, so that a failed fetch leaves time for others."""
@@ -88,14 +92,35 @@ class JwksCache:
         self._sources = [_Source() for _ in range(sources)]
         self._rng = rng or random.Random()
         self._refresh_mono = float("-inf")
+        self._expected = Generation(0, 0)
+        self._expected_mono = float("inf")
 
     def ready_after_s(self, mono: float, *, wanted: bool) -> float:
         """Seconds until any source may be asked, 0 if one may be now; ``wanted``: because of an unknown ``kid``."""
         return max(0.0, min(source.ready_mono(wanted=wanted) for source in self._sources) - mono)
 
+    def expect(self, generation: Generation, mono: float) -> bool:
+        """The trust log says that there is a newer set; True if that brings the next fetch forward.
+
+        Nobody can forge that, so a fresh key is here before it signs, whatever unknown kids are doing. A fleet spreads
+        over :data:`EXPECTED_SPREAD_S`. A source that tells no generation is none of that log's.
+        """
+        held = self.view.generation
+        if held is None or generation <= held or generation <= self._expected:
+            return False
+        self._expected_mono = mono + self._rng.uniform(0.0, EXPECTED_SPREAD_S)
+        self._expected = generation
+        return True
+
+    @property
+    def _due_mono(self) -> float:
+        held = self.view.generation
+        behind = held is not None and held < self._expected
+        return min(self._refresh_mono, self._expected_mono) if behind else self._refresh_mono
+
     def is_due(self, mono: float) -> bool:
         """True if the set wants refreshing, whether or not it may be fetched."""
-        return mono >= self._refresh_mono
+        return mono >= self._due_mono
 
     def next_source(self, mono: float, tried: set[int], *, wanted: bool = False) -> int | None:
         """The next source of this pass that may be asked, or None."""
@@ -135,13 +160,18 @@ class JwksCache:
             * self._rng.uniform(0.9, 1.0)
         )
         self._refresh_mono = started_mono + ahead_s
+        self._expected_mono = started_mono + self._retry_after_s()
         self.view = KeysView(keys, reply.generation or held.generation, started_mono, started_at)
         return changed
 
     def failed(self, mono: float) -> None:
         """A whole pass failed: try again soon, within what the sources' cooldowns allow."""
-        self._refresh_mono = max(self._refresh_mono, mono + self._rng.uniform(0.3, 0.6) * JWKS_COOLDOWN_S)
+        self._refresh_mono = max(self._refresh_mono, mono + self._retry_after_s())
+        self._expected_mono = max(self._expected_mono, self._refresh_mono)
+
+    def _retry_after_s(self) -> float:
+        return self._rng.uniform(0.3, 0.6) * JWKS_COOLDOWN_S
 
     def wake_after_s(self, mono: float) -> float:
         """Seconds until the next scheduled pass."""
-        return max(0.0, self._refresh_mono - mono)
+        return max(0.0, self._due_mono - mono)

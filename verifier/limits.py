@@ -56,8 +56,12 @@ ENTRY_ID_CHARS_MAX: Final = 64
 ENTRY_REASON_BYTES_MAX: Final = 256
 """A note for the audit trail, not a document."""
 
-READ_BATCH_ENTRIES: Final = 1_000
-"""Entries per XREAD: about 150 kB, applied in a few milliseconds, so that verification threads are not starved."""
+READ_BATCH_ENTRIES: Final = 500
+"""Entries a read: about 75 kB, applied in two or three milliseconds, so that verification threads are not starved."""
+
+FIRST_READ_PAUSE_S: Final = 0.000_05
+"""After each batch of the first read, whose thread would otherwise hold Python's lock for 5 ms at a time; a thread that
+verifies wants it twice, before the signature and after. Shorter than this the system does not wake another thread."""
 
 # -- waiting --------------------------------------------------------------------------------------------------------
 

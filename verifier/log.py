@@ -186,8 +186,7 @@ class Generation(NamedTuple):
         return f"{self.epoch}-{self.n}"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One revocation, or the ``epoch`` entry that opens an epoch's history.
 
     ``before`` (Unix seconds) is set for cut-offs only. ``expires_at`` (Unix seconds) is when the last token that this

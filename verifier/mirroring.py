@@ -27,9 +27,9 @@ from itertools import pairwise
 from typing import Any, Final
 
 from .freshness import Freshness
-from .limits import RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
+from .limits import FIRST_READ_PAUSE_S, RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
 from .log import Beat, Entry, Epoch, FormatError, Hole, Meta, Position
-from .reader import Gap, Raw, Reader
+from .reader import Gap, Listed, Reader
 from .reconnecting import Breaker, Reconnecting
 from .revocations import Mirror, Snapshot
 
@@ -39,6 +39,9 @@ _log: Final = logging.getLogger("verifier.mirror")
 
 DROP_EVERY_S: Final = 30.0
 """How often expired entries are looked for; they are harmless meanwhile."""
+
+DROP_BUCKETS: Final = 2_048
+"""How much of what is held as fingerprints is looked at in one round: about 5 ms; what is left, in the next ones."""
 
 DROP_BEAT_AGE_MAX_S: Final = 5.0
 """A mirror that is staler than this drops nothing: a clock alone must never bring a token back."""
@@ -304,7 +307,7 @@ class MirrorThread(ABC):
             reached, read = self._reached(reader, reader.position), self._view.read_entries
             self._publish(position=reader.position, freshness=reached, read_total=read)
 
-    def _apply(self, reader: Reader, batch: list[Raw]) -> None:
+    def _apply(self, reader: Reader, batch: Sequence[Listed]) -> None:
         """Entries, in the log's order; raises :class:`Reread`."""
         skipped = len(reader.skipped)
         accepted = reader.accept(batch)
@@ -324,6 +327,8 @@ class MirrorThread(ABC):
                 self._publish(snapshot=snapshot, read_entries=self._view.read_entries + len(batch))
         for listener in self._listeners:
             listener.entries(accepted)
+        if not reader.whole:
+            time.sleep(FIRST_READ_PAUSE_S)
 
     def _reached(self, reader: Reader, *positions: Position) -> Freshness:
         freshness = replace(self._view.freshness, holed_nonce=reader.holed_nonce)
@@ -375,11 +380,11 @@ class MirrorThread(ABC):
             return
         if not freshness.staleness(now=now, mono=mono, max_staleness_s=DROP_BEAT_AGE_MAX_S).fresh:
             return
-        self._next_drop_mono = mono + DROP_EVERY_S
         elapsed_s = mono - heard.arrived_mono
         with self._mirror_lock:
-            if self._mirror.drop_expired(now, heard.at_s + elapsed_s, self._drop_grace_s):
+            if self._mirror.drop_expired(now, heard.at_s + elapsed_s, self._drop_grace_s, DROP_BUCKETS):
                 self._publish(snapshot=self._mirror.snapshot)
+            self._next_drop_mono = mono if self._mirror.unswept else mono + DROP_EVERY_S
 
     def _update(self, *, connection: str) -> None:
         if self._view.connection != connection:

@@ -16,7 +16,7 @@ import msgspec
 from .errors import ConfigurationError, InvalidToken, RevokedToken, VerifierError
 from .world import Hit
 
-__all__ = ["Decision", "Observation", "Observer"]
+__all__ = ["Decision", "Observation", "Observer", "observers"]
 
 _log: Final = logging.getLogger("verifier.observer")
 
@@ -92,3 +92,19 @@ class Observation:
             self._counters["observer_failures"] += 1
             if self._counters["observer_failures"] == 1:
                 _log.exception("the observer failed; later failures are only counted")
+
+
+class _Several:
+    __slots__ = ("_observers",)
+
+    def __init__(self, observers: tuple[Observer, ...]) -> None:
+        self._observers = observers
+
+    def decided(self, decision: Decision) -> None:
+        for observer in self._observers:
+            observer.decided(decision)
+
+
+def observers(*several: Observer) -> Observer:
+    """One observer that tells all of these, in their order."""
+    return _Several(several)

@@ -7,7 +7,7 @@ transaction. Blocking I/O in a thread of its own works alike under asyncio, thre
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from .limits import READ_BATCH_ENTRIES, REDIS_TIMEOUT_S, TAIL_BLOCK_MS
 from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Epoch, FormatError, Meta
 from .log import parse_stream_id as _stream_id
 from .mirroring import LogState, MirrorThread, NotReady, View
-from .reader import Raw, Reader, Reread
+from .reader import Listed, Raw, Reader, Reread
 from .reconnecting import Breaker
 from .redis_connecting import (
     URL_OPTIONS,
@@ -135,21 +135,14 @@ class ReplicaMirror(MirrorThread):
         """Read the whole log; None if that was broken off by closing, because half of it is no mirror."""
         self._update(connection="reading")
         reader = self._begin(self._read_state(client))
-        cursor = "-"
-        while True:
-            with client.pipeline(transaction=True) as pipe:  # a trim between two batches is told from a hole
-                pipe.xrange(LOG_KEY, min=cursor, count=READ_BATCH_ENTRIES)
-                pipe.hgetall(META_KEY)
-                batch, meta = pipe.execute()
-            if not meta:
-                raise self._absent()
-            reader.beside(Meta.decode(meta))
-            self._apply(reader, batch)
-            if self._closing.is_set():
-                return None
-            if len(batch) < READ_BATCH_ENTRIES:
-                break
-            cursor = f"({batch[-1][0].decode()}"
+        with contextlib.closing(_whole_log(client)) as batches:
+            for batch, meta in batches:
+                if not meta:
+                    raise self._absent()
+                reader.beside(Meta.decode(meta))
+                self._apply(reader, batch)
+                if self._closing.is_set():
+                    return None
         self._end(reader)
         return reader
 
@@ -175,6 +168,44 @@ class ReplicaMirror(MirrorThread):
         if not meta or not epoch or not last:
             raise self._absent()
         return LogState(Epoch.decode(epoch), Meta.decode(meta), self._beat_of(beat), _stream_id(last[0][0]), length)
+
+
+def _whole_log(client: redis.Redis) -> Generator[tuple[list[Listed], Mapping[bytes, bytes]]]:
+    """The log in batches, each with the meta that stood beside it: so a trim between two of them is no hole.
+
+    The next batch is asked for before one is given out: the server works on it meanwhile. Its reply is read even if
+    nobody wants it any more, or it would be taken for that to the next question.
+    """
+    connection: Any = client.connection
+    _ask_batch(connection, "-")
+    pending = True
+    try:
+        while pending:
+            batch, meta = _take_batch(connection)
+            pending = len(batch) >= READ_BATCH_ENTRIES and bool(meta)
+            if pending:
+                _ask_batch(connection, f"({batch[-1][0].decode()}")
+            yield batch, meta
+    except GeneratorExit:
+        if pending:
+            _take_batch(connection)
+        raise
+
+
+def _ask_batch(connection: Any, cursor: str) -> None:
+    wanted = ("XRANGE", LOG_KEY, cursor, "+", "COUNT", READ_BATCH_ENTRIES)
+    connection.send_packed_command(connection.pack_commands([("MULTI",), wanted, ("HGETALL", META_KEY), ("EXEC",)]))
+
+
+def _take_batch(connection: Any) -> tuple[list[Listed], Mapping[bytes, bytes]]:
+    for _ in ("MULTI", "XRANGE", "HGETALL"):
+        connection.read_response()
+    replies = connection.read_response()
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    batch, meta = replies
+    return batch, meta if isinstance(meta, Mapping) else dict(zip(meta[::2], meta[1::2], strict=True))  # RESP3 or 2
 
 
 def _only_stream(reply: Any) -> list[Raw]:

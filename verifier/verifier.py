@@ -8,8 +8,10 @@ newer keys, for a position), what outlives a fork, and what tells others about i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
+import threading
 import time
 import weakref
 from collections import Counter
@@ -17,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
+from .check import Explanation
 from .claims import Claims
 from .decision import UnknownKid
 from .errors import InvalidToken, Undecidable, VerifierError
@@ -186,17 +189,19 @@ class Verifier:
         _verifiers.add(self)
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> Self:
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, observer: Observer | None = None) -> Self:
         """Build from ``JWT_SECRET``, ``REDIS_ADDR``, ``REDIS_USERNAME``, ``REDIS_PASSWORD``, ``VERIFIER_<PARAMETER>``.
 
         Raises :class:`ConfigurationError` naming the variable.
         """
-        return cls(**environment_settings(environ))
+        return cls(**environment_settings(environ), observer=observer)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Fresh parts, never synced: for the constructor, and for a child process after a fork."""
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
+        self._waiting_lock = threading.Lock()
         self._mirror = self._make_mirror()
         self._issuers = [IssuerKeys(settings, self._keys_changed) for settings in self._settings]
         self._by_rules = {id(issuer.rules): issuer for issuer in self._issuers}
@@ -270,8 +275,13 @@ class Verifier:
     def _keys_changed(self) -> None:
         self._judge.renew()
 
-    def _view_changed(self, _view: View) -> None:
+    def _view_changed(self, view: View) -> None:
         self._judge.view_changed()
+        self._wake_waiting()
+        if view.epoch is not None:
+            for issuer in self._issuers:
+                if issuer.client is not None:
+                    issuer.client.expect(view.epoch.generation)
 
     # -- verifying ------------------------------------------------------------------------------------------------
 
@@ -319,6 +329,10 @@ class Verifier:
             hit = self._judge.remembered(token)
         return None if hit is None else hit.claims
 
+    def explain(self, token: str) -> Explanation:
+        """Why a token is accepted or refused, step by step, by what is held now: for people, not for requests."""
+        return self._judge.explain(token)
+
     def _observed(
         self, observer: Observer, token: str, max_staleness_s: float | None, min_position: str | None
     ) -> Claims:
@@ -362,7 +376,7 @@ class Verifier:
 
     async def _decide_off_loop(self, token: str, max_staleness_s: float | None, min_position: str | None) -> Hit:
         if min_position is not None:
-            await asyncio.to_thread(self._await_position, _parse_position(min_position))
+            await self._await_position_off_loop(_parse_position(min_position))
         try:
             return self._judge.decide(token, max_staleness_s)
         except UnknownKid as unknown:
@@ -403,6 +417,32 @@ class Verifier:
         if not self._mirror.wait_position(lambda view: _reached(view, wanted), self._min_position_wait_s):
             raise Undecidable("position_not_reached", retry_after_s=self._min_position_wait_s)
         self._judge.catch_up()
+
+    async def _await_position_off_loop(self, wanted: Position) -> None:
+        """The same without a thread: whoever waits must not use the loop's up."""
+        if self._mirror is None:
+            raise Undecidable("position_not_reached", reason="no mirror")
+        waiter = asyncio.get_running_loop(), asyncio.Event()
+        with self._waiting_lock:
+            self._waiting.add(waiter)
+        try:
+            async with asyncio.timeout(self._min_position_wait_s):
+                while not _reached(self._mirror.view, wanted):
+                    waiter[1].clear()
+                    await waiter[1].wait()
+        except TimeoutError:
+            raise Undecidable("position_not_reached", retry_after_s=self._min_position_wait_s) from None
+        finally:
+            with self._waiting_lock:
+                self._waiting.discard(waiter)
+        self._judge.catch_up()
+
+    def _wake_waiting(self) -> None:
+        with self._waiting_lock:
+            waiting = list(self._waiting)
+        for loop, news in waiting:
+            with contextlib.suppress(RuntimeError):  # its loop was closed
+                loop.call_soon_threadsafe(news.set)
 
     # -- what it tells --------------------------------------------------------------------------------------------
 

@@ -71,7 +71,8 @@ def _oauth(request: Request, error: KeyserviceError) -> Response:
 
 
 def _public_name(error: KeyserviceError) -> str:
-    unreachable = isinstance(error, StoreError) and not isinstance(error, OutcomeUnknown | Refused)
+    refused = isinstance(error, Refused) and error.code != "READONLY"  # that one is no primary: as good as away
+    unreachable = isinstance(error, StoreError) and not isinstance(error, OutcomeUnknown) and not refused
     return "session_store_unreachable" if unreachable else problem_of(error)[1]
 
 

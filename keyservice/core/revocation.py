@@ -17,7 +17,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -151,9 +151,9 @@ def _until(exp: Any) -> float | None:
     return float(exp)
 
 
-def sid_draft(sid: str, entry_id: str, until: float, policy: RevocationPolicy) -> Draft:
+def sid_draft(sid: str, entry_id: str, until: float, policy: RevocationPolicy, reason: str = "") -> Draft:
     """The end of a session whose last token expires at ``until`` (Unix seconds)."""
-    return Draft(entry_id, "sid", policy.issuer, sid, None, "", until)
+    return Draft(entry_id, "sid", policy.issuer, sid, None, reason, until)
 
 
 def entry_for(wanted: Draft, now: float, policy: RevocationPolicy) -> Entry:
@@ -254,4 +254,4 @@ class EntryIndex:
 
 def _same(a: Entry, b: Entry) -> bool:
     """Whether two entries are the same one, whenever a log took them."""
-    return a == b or replace(a, at=b.at) == b
+    return a == b or msgspec.structs.replace(a, at=b.at) == b

@@ -20,7 +20,7 @@ from verifier.log import Beat, Entry, Epoch, EpochLink, Generation, Hole, Meta, 
 __all__ = ["EMPTY", "Data", "NewEpoch", "Refused", "Server", "StoredEntry"]
 
 
-class StoredEntry(Entry):
+class StoredEntry(Entry, frozen=True, dict=True, gc=True):
     """An entry that computes its digest once."""
 
     @cached_property

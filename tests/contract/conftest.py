@@ -108,7 +108,7 @@ def keyservice(run_dir: Path, server: Server, keyservice_settings: dict[str, str
         "KEYSERVICE_PORT": str(ports[0]),
         "KEYSERVICE_ADMIN_PORT": str(ports[1]),
         "KEYSERVICE_PUBLISH_LEAD_S": "2",
-        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "600",
+        "KEYSERVICE_ACCESS_TOKEN_TTL_S": "150",
         "KEYSERVICE_RECEIPT_WAIT_MS": "20000",
         "KEYSERVICE_JWKS_MAX_AGE_S": "1",
         "KEYSERVICE_MAX_SKEW_S": "0.1",

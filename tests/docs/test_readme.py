@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from regions import cluster as cluster_module
 from regions.cluster import SERVICES, Cluster
 from regions.ports import pick_free_ports
 from regions.topology import DEFAULT_PORTS, load_topology
@@ -74,16 +75,26 @@ def test_every_file_linked_from_the_readme_exists() -> None:
 
 
 @pytest.mark.system
-def test_hands_on_commands_of_the_readme_work(tmp_path: Path) -> None:
-    """Needs bash and curl. The commands as they stand, with the ports and the directory of a cluster of this test."""
+def test_hands_on_commands_of_the_readme_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needs bash and curl. The commands as they stand, with the ports and the directory of a cluster of this test.
+
+    Whoever types them gives the other region's verifier time to hear of the log-out; a script asks again.
+    """
+    inherited = cluster_module._base_environment()
+    monkeypatch.setattr(cluster_module, "_base_environment", lambda: inherited | {"KEYSERVICE_RECEIPT_WAIT_MS": "4000"})
     assert shutil.which("curl"), "install curl, or run `make test`, which needs Python only"
     topology = load_topology("default")
     ports = pick_free_ports([region.address for region in topology.regions], SERVICES)
     (script,) = [block for block in SHELL if "--interface" in block]
     for service, port in DEFAULT_PORTS.items():
         script = script.replace(f":{port}/", f":{ports[service]}/")
+    commands = [line.split("#")[0] for line in script.splitlines()]
+    for command, shows in ((commands[-2], '"code":"token_revoked"'), (commands[-1], '"fresh":true')):
+        script += f"\nuntil {command} | tee /dev/stderr | grep '{shows}'; do sleep 0.2; done"
     with Cluster(topology.with_ports(ports), tmp_path / "var"):
-        done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+        )
     assert '"customer":"user-ada"' in done.stdout
     assert '"durability":"replicated"' in done.stdout
     assert '"code":"token_revoked"' in done.stdout

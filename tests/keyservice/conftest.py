@@ -20,6 +20,7 @@ from tests.keyservice.support import (
     ISSUER,
     KEEPER_SECRET,
     KEK,
+    Proxy,
     Running,
     Server,
     running_service,
@@ -58,6 +59,15 @@ def start_server(run_dir: Path) -> Iterator[Callable[..., Server]]:
 @pytest.fixture
 def server(start_server: Callable[..., Server]) -> Server:
     return start_server()
+
+
+@pytest.fixture
+async def proxy(run_dir: Path, server: Server) -> AsyncIterator[Proxy]:
+    """What stands between a service and ``server``, where that is its primary."""
+    proxy = Proxy(run_dir / "to-primary", server.socket)
+    await proxy.open()
+    yield proxy
+    await proxy.cut()
 
 
 @pytest.fixture
@@ -103,7 +113,9 @@ def make_settings(clients_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             "jwt_secret": HS256_SECRET,
             "clients_file": clients_file,
             "keeper_dir": Path(tempfile.mkdtemp(prefix="keeper-", dir=clients_file.parent)),
-            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending
+            "receipt_wait_ms": 20_000,  # a busy machine turns nothing into pending,
+            "max_staleness_s": 60,  # stale
+            "refresh_grace_s": 300,  # or a reuse
         }
         return load_settings(**{**given, **overrides})
 

@@ -78,6 +78,12 @@ client_id = "web"
 secret_hash = "{SECRET_HASH}"
 scopes = ["orders:read", "profile"]
 audiences = ["orders"]
+
+[[clients]]
+client_id = "gateway"
+secret_hash = "{SECRET_HASH}"
+audiences = ["orders"]
+introspect = true
 """
 
 
@@ -275,6 +281,11 @@ class Proxy:
     async def open(self) -> None:
         self._server = await asyncio.start_unix_server(self._accept, self.path)
 
+    async def open_port(self) -> str:
+        """On a free TCP port instead, for a server that replicates."""
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        return str(self._server.sockets[0].getsockname()[1])
+
     async def cut(self) -> None:
         """Refuse connections, and end those there are."""
         if self._server is not None:
@@ -285,6 +296,12 @@ class Proxy:
             pipe.cancel()
         if self._pipes:
             await asyncio.wait(self._pipes)
+
+    async def lead_to(self, target: Path) -> None:
+        """From now on to another server."""
+        await self.cut()
+        self._target = target
+        await self.open()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

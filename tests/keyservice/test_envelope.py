@@ -74,7 +74,7 @@ def test_secrets_are_in_no_repr_and_cannot_be_serialised() -> None:
     pem = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
         ser.Encoding.PEM, ser.PrivateFormat.PKCS8, ser.NoEncryption()
     )
-    held = [Kek(b"k" * 32), SigningKey("kid", pem), SharedSecret("s3cret"), RefreshToken("sid", "s3cret")]
+    held = [Kek(b"k" * 32), SigningKey("kid", pem), SharedSecret("s3cret"), RefreshToken("sid", "family", "s3cret")]
     for secret in held:
         assert "kkk" not in repr(secret)
         assert "s3cret" not in repr(secret)

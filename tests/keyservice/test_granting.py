@@ -9,9 +9,11 @@ import pytest
 
 from keyservice.clients import Client
 from keyservice.core.sessions import RefreshToken, Session
+from keyservice.ending import SessionEnd
 from keyservice.errors import OAuthError, PrimaryUnreachable
 from keyservice.granting import Granting
 from keyservice.issuing import Issuer
+from keyservice.sessions import Redemption
 from keyservice.telemetry import Metrics
 from verifier.log import Entry
 from verifier.revocations import Mirror, Snapshot
@@ -34,8 +36,8 @@ class Sessions:
     async def get(self, sid: str) -> Session | None:
         return self.held.get(sid)
 
-    async def replace_token(self, old: RefreshToken, new: RefreshToken) -> bool:
-        return True
+    async def redeem(self, old: RefreshToken) -> Redemption:
+        return Redemption("fresh", old.successor())
 
     async def end(self, sid: str) -> None:
         if not self.reachable:
@@ -60,7 +62,7 @@ def with_cut_off(*before: int) -> Snapshot:
     return mirror.snapshot
 
 
-def granting(sessions: Sessions, key: Key, snapshots: Iterable[Snapshot]) -> Granting:
+def granting(sessions: Sessions, key: Key, snapshots: Iterable[Snapshot], *, lifetime_max_s: float = 900) -> Granting:
     """Every look at the revocations gives the next snapshot."""
     following = iter(snapshots)
     issuer = Issuer(
@@ -69,12 +71,14 @@ def granting(sessions: Sessions, key: Key, snapshots: Iterable[Snapshot]) -> Gra
         clock=lambda: NOW,
         signing_key=cast(Any, lambda: key),
         gate=lambda: None,
-        lifetime_max_s=lambda: 900,
+        lifetime_max_s=lambda: lifetime_max_s,
         shared_secret=None,
     )
+    end = SessionEnd(cast(Any, None), cast(Any, sessions), cast(Any, None), session_life_s=4500, clock=lambda: NOW)
     return Granting(
         issuer,
         sessions,  # type: ignore[arg-type]
+        end,
         Metrics("eu"),
         issuer_name=ISSUER,
         session_ttl_s=3600,
@@ -125,3 +129,13 @@ async def test_another_client_ends_nothing() -> None:
     with pytest.raises(OAuthError):
         await granting(sessions, key, [with_cut_off(int(NOW) + 5)]).refresh(other, token.reveal(), None)
     assert sessions.held
+
+
+@pytest.mark.parametrize(("left_s", "lasts_s"), [(901, 900), (900, 900), (899.9, 899)])
+async def test_a_token_that_its_key_cuts_short_says_so(left_s: float, lasts_s: int) -> None:
+    sessions, key = Sessions(), Key()
+    grants = granting(sessions, key, [Snapshot()] * 9, lifetime_max_s=left_s)
+    granted = grants.client_credentials(WEB, None, None)
+    claims = key.claims[-1]
+    assert granted.expires_in == claims["exp"] - claims["iat"] == lasts_s
+    assert granted.response()["expires_in"] == lasts_s

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +26,9 @@ EPOCH = EpochKey(5, "5" * 16)
 
 
 def entry(name: str, **changes: object) -> Entry:
-    return replace(Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes)  # type: ignore[arg-type]
+    return msgspec.structs.replace(
+        Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes
+    )
 
 
 def link(number: int, *, opened: bool = False) -> EpochLink:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from keyservice.core.evidence import EpochKey, LogHead, key_of, opened
@@ -18,7 +18,9 @@ LATER = 100.0
 
 
 def entry(name: str, **changes: Any) -> Entry:
-    return replace(Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes)
+    return msgspec.structs.replace(
+        Entry(name, "jti", "https://id.test", name, None, 2_000_000_000, "", 0, "eu"), **changes
+    )
 
 
 def link(

@@ -322,6 +322,19 @@ def test_listing_and_rotating_keys_from_the_command_line(
     assert "eu-west-1" in out
     out, _ = spawn("keys", "rotate", "--json", **caller).communicate(timeout=60)
     assert json.loads(out)["activates_at"] > 0
+    out, _ = spawn("clients", "add", "billing", "--audience", "orders", "--json", **caller).communicate(timeout=60)
+    made = json.loads(out)
+    with httpx.Client(base_url=url) as client:
+        auth = ("billing", made["client_secret"])
+        assert client.post("/oauth2/token", data={"grant_type": "client_credentials"}, auth=auth).status_code == 200
+    out, _ = spawn("clients", "list", **caller).communicate(timeout=60)
+    assert "billing" in out
+    assert made["client_secret"] not in out
+    assert "[client_exists]" in complaint(spawn("clients", "add", "billing", "--audience", "orders", **caller), 4)
+    out, _ = spawn("clients", "remove", "billing", **caller).communicate(timeout=60)
+    assert out == "billing is deleted\n"
+    out, _ = spawn("clients", "list", "--json", **caller).communicate(timeout=60)
+    assert "billing" not in [client["client_id"] for client in json.loads(out)["clients"]]
     line = complaint(spawn("keys", "list", **{**caller, "KEYSERVICE_CLIENT_SECRET": "hunter2"}), 4)
     assert "[invalid_client]" in line
 

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from keyservice.core.ids import uuid7
@@ -164,7 +165,7 @@ def test_a_place_is_known_only_in_the_reading_that_showed_it() -> None:
     index.begin()
     assert index.place_of(first) is None
     assert index.get("x") == (first, Position(5, 1, "0" * 16)), "what is stored under an id is known all the same"
-    index.add([(Position(9, 4, "1" * 16), replace(first, at=7)), (Position(9, 5, "1" * 16), first)])
+    index.add([(Position(9, 4, "1" * 16), msgspec.structs.replace(first, at=7)), (Position(9, 5, "1" * 16), first)])
     assert index.place_of(first) == Position(9, 4, "1" * 16)
     other = entry(kind="jti", value="other", id="x")
     index.add([(Position(9, 6, "1" * 16), other)])

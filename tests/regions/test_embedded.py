@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import redis
 
+from keyservice.store import load_script
 from regions.embedded import (
     SOCKET_NAME_BYTES_MAX,
     SOCKET_PATH_BYTES_MAX,
@@ -271,6 +272,25 @@ def test_the_key_services_script_may_ask_who_is_primary_and_append_with_explicit
         assert append(keys=keys, args=["7"]) == "7-0"
         assert append(keys=keys, args=["7"]) == "7-1"
         assert client.hget("{trust}:scripted-meta", "last") == "7-1"
+
+
+def test_the_key_service_may_do_what_its_sessions_and_clients_need(cluster: Cluster) -> None:
+    session, successor = "{ks}:session:s", "{ks}:successor:s"
+    clients = ["{ks}:clients", "{ks}:clients:revision"]
+    with cluster.client("a", "keyservice") as client:
+
+        def run(script: str, keys: list[str], *arguments: str) -> Any:
+            return client.eval(load_script(script)[0], len(keys), *keys, *arguments)
+
+        assert run("session_start.lua", [session], "{}", "family", "one", "4102444800") == 1
+        assert run("session_get.lua", [session]) == ["{}", "family"]
+        assert run("refresh.lua", [session, successor], "one", "family", "two", "sealed", "9000") == ["fresh"]
+        assert run("client_put.lua", clients, "c", "", "{}", "r", "9") == "done"
+        assert client.get(clients[1]) == "r"
+        assert client.set("{ks}:assertion:x", 1, nx=True, ex=60)
+        client.delete(session, successor, *clients, "{ks}:assertion:x")
+    with cluster.client("b", "keyservice") as client, pytest.raises(redis.ResponseError):
+        client.eval(load_script("session_get.lua")[0], 1, session)
 
 
 def test_the_same_script_is_refused_on_a_replica(cluster: Cluster) -> None:

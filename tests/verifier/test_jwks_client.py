@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -23,7 +24,8 @@ from tests.verifier.support import AUDIENCE, ISSUER, SECRET, code_of, live_token
 from verifier import InvalidToken, Undecidable, Verifier
 from verifier.jwks_client import JwksClient
 from verifier.limits import JWKS_BYTES_MAX
-from verifier.testing import SigningKey, StaticKeys, b64url
+from verifier.log import Generation
+from verifier.testing import SigningKey, StaticKeys, StaticRevocations, b64url
 
 
 @pytest.fixture
@@ -543,3 +545,22 @@ def test_a_request_is_anonymous_and_asks_for_a_plain_set(key: SigningKey, serve:
     (request,) = server.requests
     assert not {"authorization", "cookie"} & set(request)
     assert request["accept-encoding"] == "identity"
+
+
+def test_a_key_that_the_trust_log_tells_of_is_held_before_any_token_needs_it(
+    key: SigningKey, other_key: SigningKey, serve: Callable[..., JwksServer]
+) -> None:
+    server = serve(key)
+    server.headers = {"Cache-Control": "max-age=3600", "Trust-Generation": "1-0"}
+    source = StaticRevocations()
+    with verifier_of(server.url, redis_url=source) as verifier:
+        assert verifier.wait_ready(60)
+        server.serve_keys(key, other_key)
+        server.headers["Trust-Generation"] = "1-1"
+        told = replace(source.view.epoch, generation=Generation(1, 1))  # type: ignore[type-var]
+        source._publish(epoch=told)
+        until(lambda: other_key.kid in verifier.status().keys, "the new set")
+        assert verifier.status().generation == "1-1"
+        source._publish(epoch=told)
+        assert verifier.verify(live_token(other_key))
+    assert len(server.requests) == 2

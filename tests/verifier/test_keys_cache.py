@@ -240,3 +240,49 @@ def test_a_view_is_immutable() -> None:
     assert before == KeysView()
     with pytest.raises(AttributeError):
         before.keys = None
+
+
+# -- what the trust log says -------------------------------------------------------------------------------------------
+
+
+def test_a_newer_generation_in_the_trust_log_brings_the_next_fetch_forward_and_an_older_one_does_not() -> None:
+    cache = JwksCache(1)
+    assert not cache.expect(Generation(1, 5), 99.0)  # before the first fetch there is nothing to be behind
+    take(cache, Fetched(body("a"), generation=Generation(1, 3), max_age_s=300))
+    assert not cache.is_due(110.0)
+    assert not cache.expect(Generation(1, 3), 110.0)
+    assert not cache.expect(Generation(1, 2), 110.0)
+    assert not cache.is_due(112.0)
+    assert cache.expect(Generation(1, 4), 110.0)
+    assert cache.is_due(111.0)
+    assert cache.wake_after_s(110.0) <= 1.0
+    assert not cache.expect(Generation(1, 4), 110.5)  # the log says so again and again
+    take(cache, Fetched(body("a", "b"), generation=Generation(1, 4), max_age_s=300), mono=111.0)
+    assert not cache.is_due(140.0)
+
+
+def test_a_source_that_is_still_behind_is_asked_again_within_its_cooldown() -> None:
+    cache = JwksCache(1)
+    take(cache, Fetched(body("a"), generation=Generation(1, 3), max_age_s=300))
+    cache.expect(Generation(1, 4), 110.0)
+    take(cache, Fetched(body("a"), generation=Generation(1, 3), max_age_s=300), mono=111.0)
+    assert not cache.is_due(111.5)
+    assert cache.is_due(111.0 + JWKS_COOLDOWN_S)
+
+
+def test_a_source_without_generations_is_left_alone() -> None:
+    cache = JwksCache(1)
+    take(cache, Fetched(body("a"), max_age_s=300))
+    assert not cache.expect(Generation(9, 9), 110.0)
+    assert not cache.is_due(120.0)
+
+
+def test_a_fleet_spreads_what_the_log_tells_all_of_it_at_once() -> None:
+    first = []
+    for seed in range(200):
+        cache = JwksCache(1, rng=random.Random(seed))
+        take(cache, Fetched(body("a"), generation=Generation(1, 3), max_age_s=300))
+        cache.expect(Generation(1, 4), 110.0)
+        first.append(cache.wake_after_s(110.0))
+    assert max(first) - min(first) > 0.9
+    assert max(sum(at <= other < at + 0.05 for other in first) for at in first) < 30

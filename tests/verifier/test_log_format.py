@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.verifier.support import NONCE, NONCE_2, NOW, entry
 from verifier.limits import ENTRY_ID_CHARS_MAX, ENTRY_REASON_BYTES_MAX, ENTRY_VALUE_BYTES_MAX

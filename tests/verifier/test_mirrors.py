@@ -430,6 +430,21 @@ def test_expired_entries_are_dropped_by_the_beats_clock_and_the_local_one(
         assert holds(mirror, "in-grace")
 
 
+def test_many_expired_entries_are_dropped_in_many_rounds(
+    mirroring: Mirroring, server: Server, primary: Primary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("verifier.mirroring.DROP_BUCKETS", 20)
+    past = int(time.time()) - 4_000
+    primary.append(*(entry("jti", f"over-{n}", expires_at=past) for n in range(1_000)))
+    primary.append(*live("jti", [f"live-{n}" for n in range(1_000)]))
+    with mirroring(server) as mirror:
+        until(lambda: mirror.view.snapshot.entries == 2_000, "read")
+        primary.beat()
+        until(lambda: mirror.view.snapshot.entries < 2_000, "begun")
+        until(lambda: mirror.view.snapshot.entries == 1_000, "all of them, without waiting for the next time")
+        assert all(holds(mirror, f"live-{n}") for n in range(1_000))
+
+
 def test_an_entry_beside_an_unreadable_id_is_applied_once_the_log_is_repaired(
     mirroring: Mirroring, server: Server, primary: Primary, client: redis.Redis
 ) -> None:

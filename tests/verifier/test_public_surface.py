@@ -161,7 +161,10 @@ def test_every_limit_has_a_reason() -> None:
 
 
 def test_importing_the_package_imports_no_client_and_no_framework() -> None:
-    heavy = {"django", "fastapi", "flask", "grpc", "httpx", "pydantic", "redis", "starlette", "uvicorn"}
+    heavy = {
+        "django", "fastapi", "flask", "grpc", "httpx", "opentelemetry", "prometheus_client", "pydantic", "redis",
+        "starlette", "uvicorn",
+    }  # fmt: skip
     modules = "verifier, verifier.asgi, verifier.gateway, verifier.jws, verifier.wsgi"
     program = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     told = subprocess.run(
@@ -170,7 +173,15 @@ def test_importing_the_package_imports_no_client_and_no_framework() -> None:
     assert told.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize(("module", "package"), [("verifier.fastapi", "fastapi"), ("verifier.grpc", "grpc")])
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [
+        ("verifier.fastapi", "fastapi"),
+        ("verifier.grpc", "grpc"),
+        ("verifier.metrics", "prometheus_client"),
+        ("verifier.tracing", "opentelemetry"),
+    ],
+)
 def test_an_adapter_without_its_framework_names_what_to_install(module: str, package: str) -> None:
     program = f"import sys; sys.modules[{package!r}] = None\ntry: import {module}\nexcept ImportError as e: print(e)"
     told = subprocess.run(

@@ -104,3 +104,16 @@ def test_a_mirror_closed_in_its_first_read_is_not_synced_when_started_again(
         mirror.start()
         assert mirror.wait_synced(60)
         assert holds(mirror, "t-299")
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_a_log_that_contradicts_itself_between_batches_is_read_again_on_the_same_connection(
+    server: Server, primary: Primary, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    monkeypatch.setattr("verifier.replica.READ_BATCH_ENTRIES", 10)
+    primary.append(*live("jti", [f"t-{n}" for n in range(100)]))
+    primary.remove(25)
+    with over_redis(f"{server.url}{'&' if '?' in server.url else '?'}protocol={protocol}") as mirror:
+        until(lambda: mirror.view.position is not None, "read to its end")
+        assert (mirror.counters["reread_hole"], mirror.counters["disconnects"]) == (1, 0)
+        assert [n for n in range(100) if not holds(mirror, f"t-{n}")] == [24]

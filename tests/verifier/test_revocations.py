@@ -6,7 +6,7 @@ import pytest
 
 from tests.verifier.support import ISSUER, NOW, entry, snapshot_of
 from verifier.log import Entry
-from verifier.revocations import Hit, Mirror, Snapshot
+from verifier.revocations import RECENT_MAX, Hit, Mirror, Snapshot
 
 DAY = 86_400
 
@@ -155,16 +155,20 @@ def test_when_all_is_gone_nothing_is_left() -> None:
     mirror.apply([entry("jti", str(n), expires_at=NOW) for n in range(1000)])
     assert mirror.snapshot.entries == 1000
     assert dropped(mirror, NOW + DAY, NOW + DAY)
-    assert (mirror.snapshot.entries, mirror.snapshot.tiers) == (0, ())
+    assert (mirror.snapshot.entries, dict(mirror.snapshot.issuers)) == (0, {})
 
 
 def test_adding_one_by_one_does_not_copy_everything_each_time() -> None:
     mirror = Mirror()
     for n in range(3000):
-        mirror.apply([entry("jti", str(n))])
-    assert len(mirror.snapshot.tiers) <= 8
-    assert mirror.snapshot.entries == 3000
-    assert all(find(mirror.snapshot, jti=str(n)) for n in range(3000))
+        mirror.apply([entry("jti", str(n)), entry("sub", str(n))])
+    of = mirror.snapshot.issuers[ISSUER]
+    assert of.sub is not None
+    assert of.jti is not None
+    assert len(of.sub.tiers) <= 8
+    assert len(of.jti.recent) <= RECENT_MAX < len(of.jti)
+    assert mirror.snapshot.entries == 6000
+    assert all(find(mirror.snapshot, jti=str(n)) and find(mirror.snapshot, sub=str(n), iat=0) for n in range(3000))
 
 
 def test_values_are_compared_exactly() -> None:
