@@ -26,7 +26,7 @@ from benchmarks.form import Result
 from benchmarks.machine import this_machine
 from benchmarks.report import Report, read, show, write
 
-SPEED = ("cold", "warm", "threads", "http_share", "start_up", "load")
+SPEED = ("cold", "warm", "threads", "observer_cost", "http_share", "start_up", "load")
 REGIONS = (
     "mirror_memory",
     "link_accuracy",

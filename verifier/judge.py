@@ -188,7 +188,7 @@ class Judge:
         return hit
 
     def explain(self, token: str) -> Explanation:
-        """Every step's verdict by what is held now, but for the cache and policy."""
+        """Every step's verdict by what is held now, without cache and policy."""
         world = self._world
         return explain(token, world.trust, None if self._mirror is None else world.revocations, self._wall())
 

@@ -330,7 +330,16 @@ class Verifier:
         return None if hit is None else hit.claims
 
     def explain(self, token: str) -> Explanation:
-        """Why a token is accepted or refused, step by step, by what is held now: for people, not for requests."""
+        """The answer of :meth:`verify`, step by step: for people, not for requests.
+
+        It waits as long as :meth:`verify` may; no observer hears of it. Raises :class:`ConfigurationError`.
+        """
+        try:
+            self._decide(token, None, None)
+        except Undecidable as error:
+            return self._judge.explain(token).undecided(error)
+        except InvalidToken:
+            pass  # told with its steps
         return self._judge.explain(token)
 
     def _observed(

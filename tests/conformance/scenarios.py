@@ -249,15 +249,50 @@ def _keys_put(bench: Bench) -> None:
     assert bench.run("keys_put.lua", ("keys", "epoch"), stated) == [2]
 
 
+def _serving(bench: Bench) -> None:
+    (first,) = bench.call("serving.lua")
+    held = bench.hash("serving")
+    assert held == {b"nonce": NONCE.encode(), b"kid:a": first, b"kid:b": first}
+    assert bench.run("serving.lua", ("serving", "epoch"), [bench.number, NONCE, "b", "c"])
+    now = bench.hash("serving")
+    assert now.keys() == {b"nonce", b"kid:b", b"kid:c"}
+    assert now[b"kid:b"] == first  # since when it was said first
+    bench.client.hset(bench.key("serving"), mapping={"nonce": "e" * 16, "kid:b": "1"})  # said in another epoch
+    bench.call("serving.lua")
+    assert int(bench.hash("serving")[b"kid:b"]) >= int(first)
+
+
+def _client_put(bench: Bench) -> None:
+    assert bench.call("client_put.lua") == b"done"
+    assert bench.call("client_put.lua") == b"changed"
+    keys = SCENARIOS["client_put.lua"].keys
+    assert bench.run("client_put.lua", keys, ["b", "", "{}", "r2", "1"]) == b"full"
+    assert bench.run("client_put.lua", keys, ["a", "{}", "", "r3", "1"]) == b"done"
+    assert bench.hash("ks:clients") == {}
+    assert bench.client.get(bench.key("ks:clients-revision")) == b"r3"
+
+
 def _refresh(bench: Bench) -> None:
+    keys = SCENARIOS["refresh.lua"].keys
+    assert bench.call("refresh.lua") == [b"unknown"]
     bench.call("session_start.lua")
-    assert bench.call("refresh.lua") == 1
-    assert bench.call("refresh.lua") == 0
+    assert bench.run("refresh.lua", keys, ["old", "other", "new", "sealed", "60000"]) == [b"unknown"]
+    assert bench.call("refresh.lua") == [b"fresh"]
+    assert bench.call("refresh.lua") == [b"repeated", b"sealed"]
+    assert bench.run("refresh.lua", keys, ["new", "family", "newer", "s", "0"]) == [b"fresh"]
+    assert bench.run("refresh.lua", keys, ["new", "family", "newest", "s", "0"]) == [b"reused"]
+    assert bench.run("refresh.lua", keys, ["newer", "family", "newest", "s", "0"]) == [b"reused"]
+
+
+def _session_get(bench: Bench) -> None:
+    assert bench.call("session_get.lua") == [None, None]
+    bench.call("session_start.lua")
+    assert bench.call("session_get.lua") == [b"{}", b"family"]
 
 
 def _session_start(bench: Bench) -> None:
     assert bench.call("session_start.lua") == 1
-    assert bench.hash("ks:session") == {b"data": b"{}", b"refresh": b"old"}
+    assert bench.hash("ks:session") == {b"data": b"{}", b"family": b"family", b"refresh": b"old"}
     assert bench.client.ttl(bench.key("ks:session")) > 0
 
 
@@ -265,6 +300,13 @@ SCENARIOS: dict[str, Scenario] = {
     "append.lua": Scenario(("log", "epoch", "beat", "meta"), lambda n: [n, NONCE, "", *ENTRY], _append),
     "beat.lua": Scenario(("beat", "epoch", "log"), lambda n: [n, NONCE, "100"], _beat),
     "bump.lua": Scenario(("meta", "epoch", "log"), lambda n: _bump(n, NONCE, "e" * 16), _bumped, checks_epoch=False),
+    "client_put.lua": Scenario(
+        ("ks:clients", "ks:clients-revision"),
+        lambda _: ["a", "", "{}", "r1", "1"],
+        _client_put,
+        checks_epoch=False,
+        needs_primary=False,
+    ),
     "keys_merge.lua": Scenario(
         ("keys", "epoch", "private"),
         lambda n: [n, NONCE, "1", KEY.kid, record(), KEY.kid, "envelope"],
@@ -275,14 +317,24 @@ SCENARIOS: dict[str, Scenario] = {
     "prune.lua": Scenario(("epoch",), lambda n: [n, NONCE, "[]", "[]", "[]", "[]"], _prune),
     "reader_format.lua": Scenario(("meta", "epoch"), lambda n: [n, NONCE, "2"], _reader_format),
     "refresh.lua": Scenario(
-        ("ks:session",), lambda _: ["old", "new"], _refresh, checks_epoch=False, needs_primary=False
+        ("ks:session", "ks:successor"),
+        lambda _: ["old", "family", "new", "sealed", "60000"],
+        _refresh,
+        checks_epoch=False,
+        needs_primary=False,
     ),
     "register.lua": Scenario(("meta", "region"), lambda _: [KEEPER], _register, checks_epoch=False),
     "report.lua": Scenario(
         ("region", "epoch"), lambda n: [n, NONCE, KEEPER, f"{n}-0", "1", "0", "1000", f"{n}-0", "v"], _report
     ),
+    "serving.lua": Scenario(("serving", "epoch"), lambda n: [n, NONCE, "a", "b"], _serving),
+    "session_get.lua": Scenario(("ks:session",), lambda _: [], _session_get, checks_epoch=False, needs_primary=False),
     "session_start.lua": Scenario(
-        ("ks:session",), lambda _: ["{}", "old", "4000000000"], _session_start, checks_epoch=False, needs_primary=False
+        ("ks:session",),
+        lambda _: ["{}", "family", "old", "4000000000"],
+        _session_start,
+        checks_epoch=False,
+        needs_primary=False,
     ),
     "trim.lua": Scenario(
         ("log", "epoch", "meta"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -11,8 +13,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.verifier.http_server import free_port
 from tests.verifier.support import ISSUER, SECRET, Mirrored, code_of, make_verifier, token_of
-from verifier import InvalidToken, Undecidable
+from verifier import InvalidToken, Undecidable, Verifier
 from verifier.metrics import CLIENTS_MAX, VerifierMetrics
 from verifier.observing import Decision, observers
 from verifier.testing import SigningKey
@@ -54,7 +57,8 @@ def test_states_are_read_when_scraped_and_what_is_unknown_is_left_out(key: Signi
     metrics = VerifierMetrics(registry)
     mirrored = Mirrored(key, synced=False)
     metrics.watch(mirrored.verifier)
-    metrics.watch(make_verifier(key), "second")
+    second = make_verifier(key)
+    metrics.watch(second, "second")
 
     def value(name: str, verifier: str = "default", **labels: str) -> float | None:
         return registry.get_sample_value(f"verifier_{name}", {"verifier": verifier, **labels})
@@ -71,6 +75,91 @@ def test_states_are_read_when_scraped_and_what_is_unknown_is_left_out(key: Signi
     assert value("events_total", event="decided") == 1
     assert value("token_cache_entries") == 1
     assert b"verifier_keys_age_seconds" in generate_latest(registry)
+
+
+def test_each_family_stands_once_however_many_verifiers_are_watched(key: SigningKey) -> None:
+    registry = CollectorRegistry()
+    metrics = VerifierMetrics(registry)
+    verifiers = [make_verifier(key) for _ in range(3)]
+    metrics.watch(verifiers[0])
+    metrics.watch(verifiers[1], "second")
+    metrics.watch(verifiers[2], "second")  # takes the place of the one before
+    text = generate_latest(registry).decode()
+    types = [line for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(types) == len(set(types))
+    samples = [line.rpartition(" ")[0] for line in text.splitlines() if line and not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    assert {line for line in samples if line.startswith("verifier_ready")} == {
+        'verifier_ready{verifier="default"}', 'verifier_ready{verifier="second"}'
+    }  # fmt: skip
+
+
+def test_a_verifier_that_is_gone_is_shown_no_more_and_not_kept(key: SigningKey) -> None:
+    registry = CollectorRegistry()
+    metrics = VerifierMetrics(registry)
+    verifier: Verifier | None = make_verifier(key)
+    assert verifier is not None
+    metrics.watch(verifier)
+    assert b'verifier_ready{verifier="default"}' in generate_latest(registry)
+    verifier = None
+    gc.collect()
+    assert b'verifier_ready{verifier="default"}' not in generate_latest(registry)
+
+
+def test_a_state_can_be_asked_for_by_name(key: SigningKey) -> None:
+    registry = CollectorRegistry()
+    metrics, verifier = VerifierMetrics(registry), make_verifier(key)
+    metrics.watch(verifier)
+    assert b'verifier_ready{verifier="default"}' in generate_latest(registry.restricted_registry(["verifier_ready"]))
+
+
+def test_every_moment_of_a_verifier_can_be_scraped(key: SigningKey) -> None:
+    registry = CollectorRegistry()
+    metrics = VerifierMetrics(registry)
+    source = f"http://127.0.0.1:{free_port()}/jwks.json"
+    unstarted = make_verifier(jwks_urls=[source], redis_url=f"redis://127.0.0.1:{free_port()}")
+    metrics.watch(unstarted)
+    assert b"verifier_ready" in generate_latest(registry)
+    with unstarted:
+        assert b"verifier_ready" in generate_latest(registry)
+    text = generate_latest(registry).decode()
+    assert 'verifier_connection{state="closed",verifier="default"} 1.0' in text
+    assert "verifier_staleness_seconds{" not in text
+    assert "verifier_keys_age_seconds{" not in text
+
+
+def test_a_servers_status_is_counted_by_its_class(key: SigningKey) -> None:
+    registry = CollectorRegistry()
+    metrics, verifier = VerifierMetrics(registry), make_verifier(key)
+    metrics.watch(verifier)
+    verifier.counters.update({"fetch_status_503": 2, "fetch_status_500": 1, "fetch_status_404": 1, "fetch_timeout": 4})
+
+    def value(event: str) -> float | None:
+        return registry.get_sample_value("verifier_events_total", {"verifier": "default", "event": event})
+
+    assert (value("fetch_status_5xx"), value("fetch_status_4xx"), value("fetch_timeout")) == (3, 1, 4)
+    assert value("fetch_status_503") is None
+
+
+def test_the_clients_of_old_tokens_are_bounded_for_many_threads_too() -> None:
+    registry = CollectorRegistry()
+    metrics = VerifierMetrics(registry)
+    together = threading.Barrier(8)
+
+    def count(thread: int) -> None:
+        together.wait()
+        for number in range(CLIENTS_MAX):
+            client = f"client-{thread}-{number}"
+            metrics.decided(Decision("accepted", "accepted", 1.0, 1e-6, False, "HS256", "JWT", ISSUER, client))
+
+    threads = [threading.Thread(target=count, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = next(family for family in registry.collect() if family.name == "verifier_hs256_seen")
+    counts = {sample.labels["client_id"]: sample.value for sample in seen.samples if sample.name.endswith("_total")}
+    assert (len(counts), sum(counts.values())) == (CLIENTS_MAX + 1, 8 * CLIENTS_MAX)
 
 
 def test_the_clients_of_old_tokens_are_bounded() -> None:
@@ -155,3 +244,20 @@ def test_several_observers_are_told_in_their_order() -> None:
 
     observers(Named("a:"), Named("b:")).decided(Decision("invalid", "x", 0.0, 0.0))
     assert heard == ["a:x", "b:x"]
+
+
+def test_an_observer_that_fails_keeps_no_other_from_hearing_and_is_still_counted(key: SigningKey) -> None:
+    heard: list[Decision] = []
+
+    class Broken:
+        def decided(self, decision: Decision) -> None:
+            raise RuntimeError("no disk")
+
+    class Listening:
+        def decided(self, decision: Decision) -> None:
+            heard.append(decision)
+
+    verifier = make_verifier(key, observer=observers(Broken(), Listening(), Broken()))
+    assert verifier.verify(token_of(key))
+    assert [decision.code for decision in heard] == ["accepted"]
+    assert verifier.status().counters["observer_failures"] == 1

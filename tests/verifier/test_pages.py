@@ -52,5 +52,15 @@ def test_the_page_names_every_metric_with_its_labels_and_no_other(key: SigningKe
     for names, labels in re.findall(r"^\| (`verifier_[^|]*) \| ([^|]*) \|", (DOCS / "observing.md").read_text(), re.M):
         for name in re.findall(r"`([a-z0-9_]+)`", names):
             named[name] = set(re.findall(r"`([a-z_]+)`", labels))
-    assert {name: labels for name, labels in named.items() if shown.get(name, set()) - labels} == {}
     assert named.keys() == shown.keys()
+    assert {name: labels for name, labels in named.items() if shown[name] and shown[name] != labels} == {}
+
+
+def test_the_page_names_every_event_that_is_counted_and_no_other() -> None:
+    counted = set()
+    for path in Path(verifier.metrics.__file__).parent.glob("*.py"):
+        for key in re.findall(r"counters\[(.+?)\] \+= ", path.read_text()):
+            counted |= {re.sub(r"\{\w+\}", "…", name) for name in re.findall(r'f?"([^"]+)"', key)}
+    (listed,) = re.findall(r"^Events: (.*?)\n\n", (DOCS / "observing.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`([^`]+)`", listed)) == counted
+    assert {"decided", "revoked", "fetch_…", "reread_…"} <= counted
