@@ -36,7 +36,7 @@ _log: Final = logging.getLogger("verifier.replica")
 _warned: Final[set[tuple[str, str, int | None]]] = set()
 _SECURED: Final = {"http": "https", "redis": "rediss", "redis+sentinel": "rediss+sentinel"}
 
-URL_OPTIONS: Final = frozenset({"db", "username", "password", "client_name"})
+URL_OPTIONS: Final = frozenset({"protocol", "db", "username", "password", "client_name"})
 """What a URL may carry after ``?``. redis-py lets others override time-outs and certificate checks."""
 
 

@@ -176,10 +176,10 @@ def _whole_log(client: redis.Redis) -> Generator[tuple[list[Listed], Mapping[byt
     The next batch is asked for before one is given out: the server works on it meanwhile. Its reply is read even if
     nobody wants it any more, or it would be taken for that to the next question.
     """
-    connection: Any = client.connection
-    _ask_batch(connection, "-")
+    connection: Any = client.connection_pool.get_connection()
     pending = True
     try:
+        _ask_batch(connection, "-")
         while pending:
             batch, meta = _take_batch(connection)
             pending = len(batch) >= READ_BATCH_ENTRIES and bool(meta)
@@ -190,6 +190,8 @@ def _whole_log(client: redis.Redis) -> Generator[tuple[list[Listed], Mapping[byt
         if pending:
             _take_batch(connection)
         raise
+    finally:
+        client.connection_pool.release(connection)
 
 
 def _ask_batch(connection: Any, cursor: str) -> None:

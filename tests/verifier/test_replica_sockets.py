@@ -65,9 +65,10 @@ def test_a_peer_that_vanishes_is_noticed_within_the_bound_and_the_next_node_is_r
         mirror.subscribe(lambda view: problems.append((view.problem, time.monotonic())))
         cut = time.monotonic()
         hole.swallow(way)
+        until(lambda: any(problem == "timeout" for problem, _ in problems), "noticed")
+        noticed = next(at for problem, at in problems if problem == "timeout")
         primary.append(*live("jti", ["later"]))
         until(lambda: holds(mirror, "later"), "read elsewhere")
-        noticed = next(at for problem, at in problems if problem == "timeout")
         assert noticed - cut >= REDIS_TIMEOUT_S / 2  # by its silence, and nothing else
         assert hole.accepted == 1
         reaches(mirror, primary.position)
