@@ -154,6 +154,11 @@ test-gateway: install ## the gateway behind Debian's nginx, unpacked into .cache
 	@$(if $(NGINX),,tests/conformance/fetch-servers $(CACHE)/servers bookworm/nginx)
 	@$(PY) -m pytest tests/verifier/test_gateway_nginx.py -m system $(ARGS)
 
+.PHONY: test-tls
+test-tls: install ## TLS to Debian's redis-server, unpacked into .cache (needs apt-get), or TLS_SERVER=program
+	@$(if $(TLS_SERVER),,tests/conformance/fetch-servers $(CACHE)/servers bookworm/redis-server)
+	@$(PY) -m pytest tests/verifier/test_redis_tls.py tests/keyservice/test_tls.py -m system $(ARGS)
+
 FAKETIME = command -v faketime >/dev/null || { echo "make $@ needs libfaketime: Debian and Ubuntu, apt-get install faketime" >&2; exit 1; }
 
 .PHONY: test-clocks
@@ -166,6 +171,8 @@ test-all: install ## every test, also slow ones and those that need other progra
 	@$(FAKETIME)
 	@[ -x $(CACHE)/servers/nginx ] || command -v "$${NGINX:-nginx}" >/dev/null || { \
 		echo "make test-all needs nginx: 'make test-gateway' fetches Debian's, or name one with NGINX=" >&2; exit 1; }
+	@[ -x $(CACHE)/servers/redis-server ] || command -v "$${TLS_SERVER:-redis-server}" >/dev/null || { \
+		echo "make test-all needs redis-server: 'make test-tls' fetches Debian's, or name one with TLS_SERVER=" >&2; exit 1; }
 	@$(PY) -m pytest -n auto --dist loadscope $(ARGS)
 
 # CONFORMANCE_REDIS and the like, because a URL with a password has no place in a process list. --tb=short shows no arguments.

@@ -100,6 +100,7 @@ class Service:
             username=settings.redis_username,
             password=password,
             source_address=settings.source_address,
+            tls=settings.redis_tls,
         )
         self.primary = primary_node(settings)
         self.trust = TrustLog(self.primary, region=settings.region, max_token_lifetime_s=settings.max_token_lifetime_s)
@@ -109,6 +110,7 @@ class Service:
             username=settings.redis_username,
             password=password,
             source_address=settings.source_address,
+            tls=settings.redis_tls,
             max_skew_s=settings.max_skew_s,
             drop_grace_s=settings.drop_grace_s,
             tail_block_ms=KEEPER_TAIL_BLOCK_MS,

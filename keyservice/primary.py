@@ -23,7 +23,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from verifier.netbind import bound_connection_kwargs
+from verifier.redis_connecting import warn_if_password_in_plain
+from verifier.redis_tls import RedisTls
 from verifier.sentinel import (
     Address,
     SentinelUrl,
@@ -36,7 +37,7 @@ from verifier.sentinel import (
 from .errors import OutcomeUnknown, PrimaryUnreachable, Refused
 from .limits import SENTINEL_POLL_S, SENTINEL_SILENCE_S, SENTINEL_TIMEOUT_S
 from .settings import Settings
-from .store import Node, told_of_closing
+from .store import Node, async_connection_kwargs, told_of_closing
 
 __all__ = ["SentinelNode", "newest", "primary_node"]
 
@@ -69,16 +70,17 @@ def primary_node(settings: Settings) -> Node:
     """The node of the primary: at a fixed address, or followed through Sentinels."""
     password = settings.redis_password.get_secret_value() if settings.redis_password is not None else None
     user: dict[str, Any] = {"username": settings.redis_username, "password": password}
+    warn_if_password_in_plain("KEYSERVICE_PRIMARY_URL", settings.primary, password)
+    common: dict[str, Any] = {**user, "source_address": settings.source_address, "tls": settings.redis_tls}
     if not is_sentinel_url(settings.primary):
-        return Node(settings.primary, **user, source_address=settings.source_address)
+        return Node(settings.primary, **common)
     url = parse_sentinel_url(settings.primary)
     secret = settings.sentinel_password
     return SentinelNode(
         url,
-        **user,
+        **common,
         sentinel_username=settings.sentinel_username or url.username,
         sentinel_password=secret.get_secret_value() if secret is not None else url.password,
-        source_address=settings.source_address,
     )
 
 
@@ -94,8 +96,9 @@ class SentinelNode(Node):
         sentinel_username: str | None = None,
         sentinel_password: str | None = None,
         source_address: str | None = None,
+        tls: RedisTls | None = None,
     ) -> None:
-        super().__init__(None, username=username, password=password, source_address=source_address)
+        super().__init__(None, username=username, password=password, source_address=source_address, tls=tls)
         self._url = url
         options: dict[str, Any] = {
             "username": sentinel_username,
@@ -105,10 +108,8 @@ class SentinelNode(Node):
             "retry": Retry(NoBackoff(), 0),
             "driver_info": None,
             "protocol": 2,
-            **bound_connection_kwargs(source_address, tls=url.tls, asynchronous=True),
+            **async_connection_kwargs(source_address, self._tls if url.tls else None),
         }
-        if url.tls and source_address is None:
-            options["connection_class"] = redis.SSLConnection
         options["connection_class"] = told_of_closing(options.get("connection_class", redis.Connection))
         self._sentinels = [
             redis.Redis(connection_pool=redis.ConnectionPool(host=place.host, port=place.port, **options))

@@ -17,10 +17,12 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
-from redis.asyncio.connection import parse_url
 
+from verifier.errors import ConfigurationError
 from verifier.jwk import HmacKey
 from verifier.limits import ENTRY_VALUE_BYTES_MAX, JWKS_KEYS_MAX
+from verifier.redis_connecting import url_options
+from verifier.redis_tls import RedisTls
 from verifier.sentinel import is_sentinel_url, parse_sentinel_url
 
 from .core.revocation import RevocationPolicy
@@ -100,6 +102,9 @@ class Settings(BaseSettings):
     redis_password: SecretStr | None = Field(
         None, validation_alias=AliasChoices("KEYSERVICE_REDIS_PASSWORD", "REDIS_PASSWORD")
     )
+    redis_tls_ca: str | None = None
+    redis_tls_cert: str | None = None
+    redis_tls_key: str | None = None
     primary_url: str = ""
     sentinel_username: str | None = None
     sentinel_password: SecretStr | None = None
@@ -188,7 +193,7 @@ class Settings(BaseSettings):
             return value
         try:
             if value:
-                parse_url(value)
+                url_options(value)
         except ValueError:
             raise ValueError("is not redis://host:port, rediss://host:port or unix:///path") from None
         return value
@@ -204,6 +209,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_places()
+        self._check_tls()
         self._check_keeper()
         self._check_secrets()
         self._check_times()
@@ -227,6 +233,18 @@ class Settings(BaseSettings):
             raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not one of KEYSERVICE_REGIONS")
         if len(self.all_regions) > 1 and self.bootstrap_region is None:
             raise _Named("KEYSERVICE_BOOTSTRAP_REGION", "is not set: with several regions one starts the trust log")
+
+    def _check_tls(self) -> None:
+        urls = (self.redis_url, self.primary)
+        if self.redis_tls and not any(url.startswith("rediss") for url in urls):
+            name = next(name for name in ("ca", "cert", "key") if getattr(self.redis_tls, name) is not None)
+            problem = "is set, and neither KEYSERVICE_REDIS_URL nor KEYSERVICE_PRIMARY_URL begins with rediss"
+            raise _Named(f"KEYSERVICE_REDIS_TLS_{name.upper()}", problem)
+        try:
+            self.redis_tls.check()
+        except ConfigurationError as error:
+            setting, _, problem = str(error).partition(": ")
+            raise _Named(PREFIX + setting.upper(), problem) from None
 
     def _check_keeper(self) -> None:
         """Each role needs its own; whatever it has no use for is more than it should be told."""
@@ -343,6 +361,11 @@ class Settings(BaseSettings):
     def primary(self) -> str:
         """The URL of the primary: the region's own server where no other is named."""
         return self.primary_url or self.redis_url
+
+    @property
+    def redis_tls(self) -> RedisTls:
+        """What connections to rediss:// URLs trust and show."""
+        return RedisTls(self.redis_tls_ca, self.redis_tls_cert, self.redis_tls_key)
 
     @property
     def rotation_policy(self) -> Policy:

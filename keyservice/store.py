@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, Final
 
 import redis.asyncio as redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -28,11 +29,12 @@ from redis.exceptions import (
 )
 
 from verifier.netbind import bound_connection_kwargs
+from verifier.redis_tls import PROBLEMS, RedisTls, async_tls_kwargs, tls_problem
 
 from .errors import OutcomeUnknown, PrimaryUnreachable, Refused, StartError
 from .limits import CONNECT_TIMEOUT_S, CONNECTIONS_MAX, PRIMARY_TIMEOUT_S
 
-__all__ = ["SCRIPTS", "Node", "load_script", "told_of_closing"]
+__all__ = ["SCRIPTS", "Node", "async_connection_kwargs", "load_script", "told_of_closing"]
 
 SCRIPTS: Final = (
     "append.lua",
@@ -110,6 +112,7 @@ class Node:
         username: str | None = None,
         password: str | None = None,
         source_address: str | None = None,
+        tls: RedisTls | None = None,
     ) -> None:
         options: dict[str, Any] = {
             "socket_timeout": PRIMARY_TIMEOUT_S,
@@ -126,14 +129,14 @@ class Node:
             options["password"] = password
         self._options = options
         self._source_address = source_address
+        self._tls = tls or RedisTls()
         self._use(redis.ConnectionPool(connection_class=_Nowhere) if url is None else self._pool_of(url))
 
     def _pool_of(self, url: str) -> redis.ConnectionPool:
-        options = dict(self._options)
+        options = {**self._options, **parse_url(url)}
         if not url.startswith("unix:"):
-            tls = url.startswith("rediss:")
-            options.update(bound_connection_kwargs(self._source_address, tls=tls, asynchronous=True))
-        pool = redis.ConnectionPool.from_url(url, **options)
+            options.update(async_connection_kwargs(self._source_address, self._tls if _is_tls(url) else None))
+        pool = redis.ConnectionPool(**options)
         pool.connection_class = told_of_closing(pool.connection_class)  # type: ignore[arg-type]  # a type is hashable
         return pool
 
@@ -204,7 +207,22 @@ class Node:
                 raise StartError("redis_wrong_password", message) from None
             if isinstance(error, NoPermissionError):
                 raise StartError("redis_no_permission", f"{setting}: the user may not do what is needed") from None
+            code = tls_problem(error)
+            if code not in (None, "tls_handshake"):  # a server that is starting takes connections and drops them
+                raise StartError(code, f"{setting}: the server was reached, and {PROBLEMS[code]}") from None
             raise PrimaryUnreachable from None
+
+
+def _is_tls(url: str) -> bool:
+    return url.startswith("rediss:")
+
+
+def async_connection_kwargs(source_address: str | None, tls: RedisTls | None) -> dict[str, Any]:
+    """Arguments of a pool whose connections leave from there and, unless ``tls`` is None, are TLS: always verified."""
+    bound = bound_connection_kwargs(source_address, tls=tls is not None, asynchronous=True)
+    if tls is None:
+        return bound
+    return {**bound, **async_tls_kwargs(bound.get("connection_class", redis.SSLConnection), tls)}
 
 
 def _first_word(error: RedisError) -> str:

@@ -126,6 +126,13 @@ class FeedMirror(MirrorThread):
         self._hang_up()
         super().close()
 
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection, without a word on it."""
+        super().abandon()
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.close()
+
     def _hang_up(self) -> None:
         if self._socket is not None:
             with contextlib.suppress(OSError):

@@ -75,6 +75,9 @@ RECONNECT_DELAY_MIN_S: Final = 0.05
 RECONNECT_DELAY_MAX_S: Final = 2.0
 """Reconnects back off between these, with full jitter, so that a returning replica is not stampeded."""
 
+BREAKER_OPEN_S: Final = 30.0
+"""How long an open circuit breaker leaves Redis alone: long enough to matter beside a back-off that ends at 2 s."""
+
 FEED_CONNECT_TIMEOUT_S: Final = 2.0
 """A new connection over a 90 ms link costs about five round trips, with TLS seven."""
 

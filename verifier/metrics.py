@@ -40,7 +40,7 @@ CLIENTS_MAX: Final = 100
 _BUCKETS: Final = (
     5e-7, 1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.1, 0.5, 1.0
 )  # fmt: skip
-_CONNECTIONS: Final = ("connecting", "reading", "tailing", "waiting", "closed", "none")
+_CONNECTIONS: Final = ("connecting", "reading", "tailing", "waiting", "circuit_open", "closed", "none")
 _HTTP_STATUS: Final = re.compile(r"(_status_[0-9])[0-9]+\Z")
 
 

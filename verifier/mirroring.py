@@ -30,6 +30,7 @@ from .freshness import Freshness
 from .limits import FIRST_READ_PAUSE_S, RECONNECT_DELAY_MAX_S, RECONNECT_DELAY_MIN_S
 from .log import Beat, Entry, Epoch, FormatError, Hole, Meta, Position
 from .reader import Gap, Listed, Reader
+from .reconnecting import Breaker, Reconnecting
 from .revocations import Mirror, Snapshot
 
 __all__ = ["LogListener", "LogState", "MirrorThread", "NotReady", "Round", "View"]
@@ -48,7 +49,11 @@ DROP_BEAT_AGE_MAX_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What the mirror knows at one moment. ``connection`` is connecting, reading, tailing, waiting or closed."""
+    """What the mirror knows at one moment.
+
+    ``connection`` is connecting, reading, tailing, waiting, circuit_open or closed. ``read_entries`` of ``read_total``
+    (None: not told) entries of the log have been read in the latest read from its first entry.
+    """
 
     snapshot: Snapshot
     freshness: Freshness
@@ -56,6 +61,8 @@ class View:
     epoch: Epoch | None = None
     connection: str = "connecting"
     problem: str | None = None
+    read_entries: int = 0
+    read_total: int | None = None
 
 
 class NotReady(Exception):
@@ -118,7 +125,8 @@ class MirrorThread(ABC):
     """A mirror with one daemon thread. A source gives :meth:`_session` and :meth:`_problem_of`.
 
     ``max_skew_s``, ``drop_grace_s`` and ``max_token_lifetime_s`` (the longest token that its verifier accepts) are the
-    design's bounds in seconds; ``join_s`` how long closing waits for the thread.
+    design's bounds in seconds; ``join_s`` how long closing waits for the thread, ``breaker`` an optional circuit
+    breaker.
     """
 
     def __init__(
@@ -130,6 +138,7 @@ class MirrorThread(ABC):
         nodes: int,
         name: str,
         join_s: float,
+        breaker: Breaker | None = None,
     ) -> None:
         self._reader: Reader | None = None
         self._known_gaps: frozenset[Hole] = frozenset()
@@ -143,7 +152,8 @@ class MirrorThread(ABC):
         self._closing = threading.Event()
         self._advanced = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._nodes, self._name, self._join_s = nodes, name, join_s
+        self._nodes, self._name, self._join_s, self._breaker = nodes, name, join_s, breaker
+        self._served = False
         self._next_drop_mono = 0.0
         self._view = View(self._mirror.snapshot, Freshness(max_skew_s, max_token_lifetime_s))
         self.counters: Counter[str] = Counter()
@@ -209,6 +219,10 @@ class MirrorThread(ABC):
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(self._join_s)
 
+    def abandon(self) -> None:
+        """In a forked child: let go of what is the parent's, whose thread does not exist there."""
+        self._thread = None
+
     @abstractmethod
     def _session(self, node: int) -> None:
         """Connect to this node and follow it until it is lost or the mirror is closed."""
@@ -218,20 +232,20 @@ class MirrorThread(ABC):
         """A short, stable name of what ended a session, never the error's own text; None for a mistake of ours."""
 
     def _run(self) -> None:
-        delay_s = RECONNECT_DELAY_MIN_S
-        node = 0
+        reconnecting = Reconnecting(self._nodes, self._breaker)
         while not self._closing.is_set():
+            self._served = False
+            self._update(connection="connecting")
             try:
-                self._session(node)
+                self._session(reconnecting.node)
             except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the mirror in silence
-                self._lost(error)
-            was_tailing = self._view.connection == "tailing"
-            delay_s = RECONNECT_DELAY_MIN_S if was_tailing else min(delay_s * 2, RECONNECT_DELAY_MAX_S)
+                if not self._closing.is_set():  # or it was hung up on
+                    self._lost(error)
+            pause = reconnecting.after(served=self._served)
             if self._nodes > 1:
-                node = (node + 1) % self._nodes
                 self._give_up_reader()
-            self._update(connection="waiting")
-            self._closing.wait(random.uniform(0, delay_s))
+            self._update(connection="circuit_open" if pause.circuit_open else "waiting")
+            self._closing.wait(pause.delay_s)
         self._update(connection="closed")
 
     def _lost(self, error: Exception) -> None:
@@ -273,6 +287,7 @@ class MirrorThread(ABC):
         """A read from the first entry begins. Its reader is kept only once the read is complete."""
         for listener in self._listeners:
             listener.begin()
+        self._publish(read_entries=0, read_total=state.length)
         return Reader(state.meta, state.epoch, self._tolerant, self._known_gaps, self._held)
 
     def _give_up_reader(self) -> None:
@@ -289,7 +304,8 @@ class MirrorThread(ABC):
         reader.whole = True
         self._reader = reader
         with self._mirror_lock:
-            self._publish(position=reader.position, freshness=self._reached(reader, reader.position))
+            reached, read = self._reached(reader, reader.position), self._view.read_entries
+            self._publish(position=reader.position, freshness=reached, read_total=read)
 
     def _apply(self, reader: Reader, batch: Sequence[Listed]) -> None:
         """Entries, in the log's order; raises :class:`Reread`."""
@@ -308,7 +324,7 @@ class MirrorThread(ABC):
                 reached = self._reached(reader, *_ends(accepted))
                 self._publish(snapshot=snapshot, position=reader.position, freshness=reached)
             else:  # what was carried forward is still to come: what is held grows, but no position vouches for it yet
-                self._publish(snapshot=snapshot)
+                self._publish(snapshot=snapshot, read_entries=self._view.read_entries + len(batch))
         for listener in self._listeners:
             listener.entries(accepted)
         if not reader.whole:
@@ -328,6 +344,7 @@ class MirrorThread(ABC):
         if state.beat is not None:
             freshness = freshness.heard(state.beat, state.epoch, state.meta, now=time.time(), mono=time.monotonic())
         freshness = freshness.reached(reader.position)
+        self._served = True
         self._drop_expired(freshness)
         self._publish(freshness=freshness, epoch=state.epoch, connection="tailing", problem=None)
         gaps, open_gaps = frozenset(reader.gaps), frozenset(reader.open_gaps)

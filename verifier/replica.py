@@ -7,9 +7,9 @@ transaction. Blocking I/O in a thread of its own works alike under asyncio, thre
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
 from .limits import READ_BATCH_ENTRIES, REDIS_TIMEOUT_S, TAIL_BLOCK_MS
@@ -17,14 +17,22 @@ from .log import BEAT_KEY, EPOCH_KEY, LOG_KEY, META_KEY, Epoch, FormatError, Met
 from .log import parse_stream_id as _stream_id
 from .mirroring import LogState, MirrorThread, NotReady, View
 from .reader import Listed, Raw, Reader, Reread
+from .reconnecting import Breaker
+from .redis_connecting import (
+    URL_OPTIONS,
+    Line,
+    connection_settings,
+    open_client,
+    url_options,
+    warn_if_password_in_plain,
+)
+from .redis_tls import RedisTls, TlsProblem
 from .sentinel import is_sentinel_url, parse_sentinel_url, sentinel_connector
 
 if TYPE_CHECKING:
     import redis
 
 __all__ = ["ReplicaMirror", "View"]
-
-_log: Final = logging.getLogger("verifier.replica")
 
 
 class ReplicaMirror(MirrorThread):
@@ -33,8 +41,10 @@ class ReplicaMirror(MirrorThread):
     A URL may name Sentinels instead (:mod:`verifier.sentinel`), which are asked anew at each connection.
 
     After a lost connection it goes on from its position; on another node it reads the log again, because two nodes are
-    two histories until shown otherwise. ``max_skew_s``, ``drop_grace_s`` and ``max_token_lifetime_s`` (the longest
-    token that its verifier accepts) are the design's bounds in seconds. Raises :class:`ConfigurationError`.
+    two histories until shown otherwise. ``rediss://`` and ``rediss+sentinel://`` are TLS, always verified, with the
+    files of ``tls`` if given. ``breaker``: see :mod:`verifier.reconnecting`. ``max_skew_s``, ``drop_grace_s`` and
+    ``max_token_lifetime_s`` (the longest token that its verifier accepts) are the design's bounds in seconds. Raises
+    :class:`ConfigurationError`.
     """
 
     def __init__(
@@ -43,6 +53,8 @@ class ReplicaMirror(MirrorThread):
         *,
         username: str | None = None,
         password: str | None = None,
+        tls: RedisTls | None = None,
+        breaker: Breaker | None = None,
         source_address: str | None = None,
         max_skew_s: float = 5.0,
         drop_grace_s: float = 300.0,
@@ -52,7 +64,7 @@ class ReplicaMirror(MirrorThread):
         nodes = [urls] if isinstance(urls, str) else list(urls)
         if not nodes:
             raise ConfigurationError("setting_missing", "redis_url: name at least one server", setting="redis_url")
-        self._connectors = [_connector(url, username, password, source_address) for url in nodes]
+        files = _checked_tls(nodes, tls or RedisTls())
         super().__init__(
             max_skew_s=max_skew_s,
             drop_grace_s=drop_grace_s,
@@ -60,9 +72,23 @@ class ReplicaMirror(MirrorThread):
             nodes=len(nodes),
             name="verifier-replica",
             join_s=REDIS_TIMEOUT_S + tail_block_ms / 1000,
+            breaker=breaker,
         )
+        self._line = Line(self._closing)
+        self._connectors = [_connector(url, username, password, source_address, files, self._line) for url in nodes]
         self._tail_block_ms = tail_block_ms
         self._server: object = None
+
+    def close(self) -> None:
+        """Stop the thread and its connection, also one on which nothing comes."""
+        self._closing.set()
+        self._line.hang_up()
+        super().close()
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's connection, without a word on it."""
+        super().abandon()
+        self._line.abandon()
 
     def _session(self, node: int) -> None:
         import redis
@@ -150,10 +176,10 @@ def _whole_log(client: redis.Redis) -> Generator[tuple[list[Listed], Mapping[byt
     The next batch is asked for before one is given out: the server works on it meanwhile. Its reply is read even if
     nobody wants it any more, or it would be taken for that to the next question.
     """
-    connection: Any = client.connection
-    _ask_batch(connection, "-")
+    connection: Any = client.connection_pool.get_connection()
     pending = True
     try:
+        _ask_batch(connection, "-")
         while pending:
             batch, meta = _take_batch(connection)
             pending = len(batch) >= READ_BATCH_ENTRIES and bool(meta)
@@ -164,6 +190,8 @@ def _whole_log(client: redis.Redis) -> Generator[tuple[list[Listed], Mapping[byt
         if pending:
             _take_batch(connection)
         raise
+    finally:
+        client.connection_pool.release(connection)
 
 
 def _ask_batch(connection: Any, cursor: str) -> None:
@@ -199,6 +227,8 @@ def _name_problem(error: Exception) -> str | None:
     if not isinstance(error, redis.RedisError | OSError | FormatError | NotReady):
         return None
     name = type(error).__name__
+    if isinstance(error, TlsProblem):
+        return error.code
     known = {
         "AuthenticationError": "wrong_credentials",
         "NoPermissionError": "no_permission",
@@ -210,42 +240,45 @@ def _name_problem(error: Exception) -> str | None:
     return known.get(name, "unreachable")
 
 
+def _is_tls(url: str) -> bool:
+    return url.startswith("rediss")
+
+
+def _checked_tls(urls: Sequence[str], tls: RedisTls) -> RedisTls:
+    """Files are for TLS: given without it, somebody believes in an encryption that is not there."""
+    if tls and not any(_is_tls(url) for url in urls):
+        setting = next(name for name in ("ca", "cert", "key") if getattr(tls, name) is not None)
+        message = f"redis_tls_{setting}: is given, and no redis_url begins with rediss:// or rediss+sentinel://"
+        raise ConfigurationError("setting_invalid", message, setting=f"redis_tls_{setting}")
+    if tls:
+        tls.check()
+    return tls
+
+
 def _connector(
-    url: str, username: str | None, password: str | None, source_address: str | None
+    url: str, username: str | None, password: str | None, source_address: str | None, tls: RedisTls, line: Line
 ) -> Callable[[], redis.Redis]:
-    """A function that makes a client with one connection, own time-outs and no retries; checks the URL at once."""
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    from .netbind import bound_connection_kwargs
-
-    settings: dict[str, Any] = {
-        "socket_timeout": REDIS_TIMEOUT_S,
-        "socket_connect_timeout": REDIS_TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-        "health_check_interval": 0,
-        "driver_info": None,  # no CLIENT SETINFO: Redis 7.0 cannot allow it to a user
-    }
-    if username is not None:
-        settings["username"] = username
-    if password is not None:
-        settings["password"] = password
-    if is_sentinel_url(url):
-        try:
-            return sentinel_connector(parse_sentinel_url(url), settings, source_address)
-        except ValueError:
-            message = "redis_url: expected redis+sentinel://host:port,host:port/GROUP"
-            raise ConfigurationError("setting_invalid", message, setting="redis_url") from None
-    if source_address is not None and not url.startswith("unix:"):
-        settings.update(bound_connection_kwargs(source_address, tls=url.startswith("rediss:")))
+    """A function that makes a client with one connection; checks the URL at once."""
+    used = tls if _is_tls(url) else None
+    unix = url.startswith("unix:")
+    settings = connection_settings(username, password, source_address, used, line, unix=unix)
     try:
-        redis.ConnectionPool.from_url(url, **settings)
-    except (ValueError, TypeError):
-        message = "redis_url: expected redis://host:port, rediss://host:port or unix:///path"
-        raise ConfigurationError("setting_invalid", message, setting="redis_url") from None
-
-    def connect() -> redis.Redis:
-        return redis.Redis.from_url(url, single_connection_client=True, **settings)
-
+        if is_sentinel_url(url):
+            connect = sentinel_connector(parse_sentinel_url(url), settings, open_client)
+        else:
+            options = {**settings, **url_options(url), "connection_class": settings["connection_class"]}
+            connect = partial(open_client, options)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError("setting_invalid", _expected(url, error), setting="redis_url") from None
+    warn_if_password_in_plain("redis_url", url, password)
     return connect
+
+
+def _expected(url: str, error: Exception) -> str:
+    if is_sentinel_url(url):
+        return "redis_url: expected redis+sentinel://host:port,host:port/GROUP"
+    if "option" in str(error):
+        return (
+            f"redis_url: a URL may carry {', '.join(sorted(URL_OPTIONS))}; for TLS there is redis_tls_ca and the like"
+        )
+    return "redis_url: expected redis://host:port, rediss://host:port or unix:///path"

@@ -188,31 +188,22 @@ def nodes_in_order(
 
 
 def sentinel_connector(
-    url: SentinelUrl, settings: Mapping[str, Any], source_address: str | None, rng: random.Random | None = None
+    url: SentinelUrl,
+    settings: Mapping[str, Any],
+    open_at: Callable[[Mapping[str, Any]], redis.Redis],
+    rng: random.Random | None = None,
 ) -> Callable[[], redis.Redis]:
-    """A function that finds a server and gives a client with one connection to it, made with these ``settings``.
+    """A function that finds a server and gives ``open_at`` of it: of these ``settings`` of a pool, and its address.
 
     It asks the Sentinels in their order and takes the first answer. It raises what redis-py raises when no Sentinel
     answers or no server takes the connection.
     """
     import redis
 
-    from .netbind import bound_connection_kwargs
-
-    bound = bound_connection_kwargs(source_address, tls=url.tls)
-    if url.tls and not bound:
-        bound = {"connection_class": redis.SSLConnection}
     generator = random.Random() if rng is None else rng
 
     def client(address: Address, options: Mapping[str, Any]) -> redis.Redis:
-        pool = redis.ConnectionPool(host=address.host, port=address.port, **options, **bound)
-        try:
-            made = redis.Redis(connection_pool=pool, single_connection_client=True)
-        except BaseException:
-            pool.disconnect()
-            raise
-        made.auto_close_connection_pool = True
-        return made
+        return open_at({**options, "host": address.host, "port": address.port})
 
     def ask(sentinel: Address) -> list[Address]:
         times = {"socket_timeout": SENTINEL_TIMEOUT_S, "socket_connect_timeout": SENTINEL_TIMEOUT_S}

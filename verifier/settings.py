@@ -110,7 +110,7 @@ def build_rules(
     )
 
 
-def _is_loopback(host: str | None) -> bool:
+def is_loopback(host: str | None) -> bool:
     if host == "localhost":
         return True
     try:
@@ -168,7 +168,7 @@ def check_http_urls(setting: str, urls: Sequence[str], allow_insecure_http: bool
             raise invalid(setting, "one is not a URL") from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise invalid(setting, "expected https:// URLs without credentials")
-        if parts.scheme == "http" and not allow_insecure_http and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not allow_insecure_http and not is_loopback(parts.hostname):
             message = f"{setting}: {_OVER_HTTP[setting]}; use https://, or say allow_insecure_http=True"
             raise ConfigurationError("insecure_url", message, setting=setting)
     return tuple(urls)
@@ -202,6 +202,11 @@ _READERS: Final[dict[str, Callable[[str], Any]]] = {
     "redis_url": _list,
     "redis_username": str,
     "redis_password": str,
+    "redis_tls_ca": str,
+    "redis_tls_cert": str,
+    "redis_tls_key": str,
+    "redis_breaker_failures": int,
+    "redis_breaker_open_s": float,
     "feed_url": _list,
     "feed_token": str,
     "feed_client_id": str,

@@ -14,6 +14,7 @@ from .errors import ConfigurationError
 from .feed import FeedMirror
 from .feed_tokens import ClientCredentials, FeedTokens, GivenToken
 from .mirroring import View
+from .redis_connecting import warn_if_plain
 from .replica import ReplicaMirror
 from .settings import check_http_urls, invalid, texts
 
@@ -95,6 +96,7 @@ def _feed_maker(
     if not texts(feed_url) and feed_url != []:
         raise invalid("feed_url", "expected a URL or a list of URLs")
     urls = check_http_urls("feed_url", texts(feed_url), allow_insecure_http)
+    _warn("feed_url", urls)
     if not urls:
         raise ConfigurationError("setting_missing", "feed_url: name at least one key service", setting="feed_url")
     if (token is None) == (client_id is None and client_secret is None):
@@ -108,12 +110,19 @@ def _feed_maker(
         raise invalid("feed_client_secret", "feed_client_id and feed_client_secret belong together")
     name, secret = client_id, client_secret
     asked = token_url if token_url is not None else _token_url(urls[0])
-    check_http_urls("feed_token_url", [asked], allow_insecure_http)
+    _warn("feed_token_url", check_http_urls("feed_token_url", [asked], allow_insecure_http))
 
     def tokens() -> FeedTokens:
         return ClientCredentials(asked, name, secret, audience)
 
     return lambda: FeedMirror(urls, tokens(), **settings)
+
+
+def _warn(setting: str, urls: Sequence[str]) -> None:
+    """Allowing plain HTTP does not make it harmless."""
+    for url in urls:
+        parts = urlsplit(url)
+        warn_if_plain(setting, parts.scheme, parts.hostname, parts.port)
 
 
 def _token_url(feed_url: str) -> str:

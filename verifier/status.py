@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["IssuerStatus", "Status"]
+from .mirroring import View
+
+__all__ = ["FirstRead", "IssuerStatus", "Status"]
 
 
 class IssuerStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,10 +18,32 @@ class IssuerStatus(msgspec.Struct, frozen=True, kw_only=True):
     generation: str | None
 
 
+class FirstRead(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the latest read of the log from its first entry is: at the start, and whenever the log is read again.
+
+    ``total`` is the number of entries that the log had when it began (None: not told, or not begun), and ``fraction``
+    the part of them that has been read, 1.0 at the end.
+    """
+
+    entries: int
+    total: int | None
+    fraction: float | None
+
+    @classmethod
+    def of(cls, view: View | None) -> FirstRead:
+        """From what a mirror shows."""
+        if view is None or not view.read_total:
+            return cls(entries=0 if view is None else view.read_entries, total=None, fraction=None)
+        read, total = view.read_entries, view.read_total
+        return cls(entries=read, total=total, fraction=min(read / total, 1.0))
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """A verifier's own account of itself. Times in seconds; ``staleness_s`` None means never synced.
 
     ``reason`` says why it is not ``fresh``; ``confirmed`` is False while no majority of regions vouches for the age.
+    ``connection``: none, connecting, reading, tailing, waiting (for the next attempt), circuit_open or closed;
+    ``problem`` the last one with the source of revocations (docs/verifier-redis.md), None while all is well.
     ``keys``, ``keys_age_s`` and ``generation`` are those of the first issuer, ``issuers`` those of each.
     """
 
@@ -33,6 +57,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     nonce: str | None
     epoch_open: bool
     mirror_entries: int
+    first_read: FirstRead
     keys: tuple[str, ...]
     keys_age_s: float | None
     generation: str | None

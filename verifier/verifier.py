@@ -26,13 +26,15 @@ from .errors import InvalidToken, Undecidable, VerifierError
 from .issuers import Issuer, IssuerKeys, check_issuer, named_issuers
 from .judge import Judge, Policy
 from .jwks_client import JwksClient
-from .limits import UNKNOWN_KID_WAIT_S
+from .limits import BREAKER_OPEN_S, UNKNOWN_KID_WAIT_S
 from .log import FormatError, Position
-from .mirroring import View
+from .mirroring import MirrorThread, View
 from .observing import Observation, Observer
+from .reconnecting import Breaker
+from .redis_tls import RedisTls
 from .settings import Secret, check_source_address, environment_settings, invalid, seconds
 from .sources import FeedToken, RevocationSource, mirror_maker
-from .status import Status
+from .status import FirstRead, Status
 from .world import Hit
 
 __all__ = ["Clock", "RevocationSource", "Verifier"]
@@ -95,6 +97,11 @@ class Verifier:
         algorithms: Sequence[str] = ("RS256",),
         redis_username: str | None = None,
         redis_password: str | None = None,
+        redis_tls_ca: str | None = None,
+        redis_tls_cert: str | None = None,
+        redis_tls_key: str | None = None,
+        redis_breaker_failures: int | None = None,
+        redis_breaker_open_s: float = BREAKER_OPEN_S,
         feed_url: str | Sequence[str] | None = None,
         feed_token: FeedToken | None = None,
         feed_client_id: str | None = None,
@@ -159,7 +166,12 @@ class Verifier:
         self._make_mirror = mirror_maker(
             redis_url,
             feed_url,
-            redis={"username": redis_username, "password": redis_password},
+            redis={
+                "username": redis_username,
+                "password": redis_password,
+                "tls": RedisTls(redis_tls_ca, redis_tls_cert, redis_tls_key),
+                "breaker": Breaker.checked(redis_breaker_failures, redis_breaker_open_s),
+            },
             feed={
                 "token": feed_token,
                 "client_id": feed_client_id,
@@ -254,6 +266,8 @@ class Verifier:
     def restart_after_fork(self) -> None:
         """In a child process: threads and connections are the parent's, so start over, never synced."""
         running = self._judge.running
+        if isinstance(self._mirror, MirrorThread):
+            self._mirror.abandon()
         self._begin()
         if running:
             self.start()
@@ -463,6 +477,7 @@ class Verifier:
             nonce=None if position is None else position.nonce,
             epoch_open=view is not None and view.freshness.epoch_open,
             mirror_entries=0 if view is None else view.snapshot.entries,
+            first_read=FirstRead.of(view),
             keys=issuers[0].keys,
             keys_age_s=issuers[0].age_s,
             generation=issuers[0].generation,
