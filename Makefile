@@ -159,6 +159,10 @@ test-tls: install ## TLS to Debian's redis-server, unpacked into .cache (needs a
 	@$(if $(TLS_SERVER),,tests/conformance/fetch-servers $(CACHE)/servers bookworm/redis-server)
 	@$(PY) -m pytest tests/verifier/test_redis_tls.py tests/keyservice/test_tls.py -m system $(ARGS)
 
+.PHONY: test-bench
+test-bench: install ## that every benchmark of the verifier runs, quickly; looks at no time
+	@$(PY) -m pytest tests/benchmarks $(ARGS)
+
 FAKETIME = command -v faketime >/dev/null || { echo "make $@ needs libfaketime: Debian and Ubuntu, apt-get install faketime" >&2; exit 1; }
 
 .PHONY: test-clocks

@@ -35,7 +35,8 @@ def report_of(**figures: float) -> Report:
     return Report(MACHINE, {"cold": result_of(*made)})
 
 
-@pytest.mark.parametrize("name", ["cold", "warm", "threads"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cold", "warm", "threads", "http_share"])
 def test_a_quick_run_gives_a_result_of_the_common_form(name: str) -> None:
     result = import_module(f"benchmarks.{name}").measure(quick=True)
     assert isinstance(result, Result)
@@ -46,6 +47,7 @@ def test_a_quick_run_gives_a_result_of_the_common_form(name: str) -> None:
     assert len({f.name for f in result.figures}) == len(result.figures)
 
 
+@pytest.mark.slow
 def test_node_peers_are_measured_or_named_as_left_out() -> None:
     result = import_module("benchmarks.warm").measure(quick=True)
     assert ("fast-jwt, cached" in {m.name for m in result.measurements}) != bool(result.left_out)
