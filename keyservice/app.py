@@ -44,7 +44,7 @@ from .settings import Settings
 from .store import Node
 from .telemetry import Metrics
 from .trimming import Trimmer
-from .trust import KeysView, TrustLog, read_keys
+from .trust import TrustLog, read_keys
 
 __all__ = ["Service", "build"]
 
@@ -86,9 +86,14 @@ class Service:
         self._build_store(settings)
         self.keeper, self.intents = self._build_keeper(settings)
         self.frontend = None if kek is None else Frontend(self, kek, clients)
-        parts = (self.frontend.ring.take if self.frontend else None, self._key_keeper.take if self.keeper else None)
-        takers: list[Callable[[KeysView], Awaitable[bool]]] = [take for take in parts if take is not None]
-        self.poll = KeyPoll(self.own, self.primary, takers, self.metrics, region=settings.region)
+        # The keeper writes to the primary, which may be mute: nothing that is served waits for that.
+        takers = (self.frontend.ring.take if self.frontend else None, self._key_keeper.take if self.keeper else None)
+        self._polls = [
+            KeyPoll(self.own, self.primary, [take], self.metrics, region=settings.region)
+            for take in takers
+            if take is not None
+        ]
+        self.poll = self._polls[0]
         self.apps = self._build_apps(settings)
 
     # -- parts ----------------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ class Service:
         await self.poll.once()
         rounds: list[tuple[Callable[[], Awaitable[None]], Callable[[], float]]] = [
             (self.beats.once, self.beats.pause_s),
-            (self.poll.once, lambda: KEYS_POLL_S),
+            *((poll.once, lambda: KEYS_POLL_S) for poll in self._polls),
             (self._expire, lambda: EXPIRE_EVERY_S),
         ]
         if self.keeper is not None:

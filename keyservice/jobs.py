@@ -177,8 +177,9 @@ class Beats:
 class KeyPoll:
     """Reads the key set from the region's replica whenever it changed, and hands it to whoever holds keys.
 
-    Each of ``takers`` says whether it is done with a reading; one that is not gets the next one all the same. While the
-    replica is away the primary is asked: the set is then no older than the replica's would be.
+    Each of ``takers`` says whether it is done with a reading; one that is not gets the next one all the same. They are
+    waited for, so one that writes to the primary has a poll of its own. While the replica is away the primary is asked:
+    the set is then no older than the replica's would be.
     """
 
     def __init__(
@@ -214,18 +215,19 @@ class KeyPoll:
         self.problem = code
 
     async def _read(self, node: Node) -> str | None:
-        """None if that server's set was taken over, else why not."""
-        own, started_mono = node is self._replica, time.monotonic()
+        """None if that server's set was taken over, else why not. What a taker does with it has no part in that."""
+        own, started_mono, view = node is self._replica, time.monotonic(), None
         try:
             async with asyncio.timeout(BEAT_TIMEOUT_S):
                 version = own, *await node.redis.hmget(EPOCH_KEY, ["number", "nonce", "keys_n"])
                 if version != self._taken:
                     view = replace(await read_keys(node, self._region), from_own=own)
-                    done = [await take(view) for take in self._takers]
-                    self._taken = version if all(done) else None
-                    self._show(view)
         except (StoreError, RedisError, OSError, TimeoutError) as error:
             return error.code if isinstance(error, StoreError) else "replica_unreachable"
+        if view is not None:
+            done = [await take(view) for take in self._takers]
+            self._taken = version if all(done) else None
+            self._show(view)
         self._read_mono = started_mono
         return None
 

@@ -103,6 +103,7 @@ class Freshness:
         ):
             return state
         vouched = Heard(beat.nonce, beat.confirmed_n, beat.confirmed_at_ms / 1000, beat.confirmed_position, mono)
+        vouched = _no_earlier(vouched, now + self.max_skew_s, self.pending_confirmed, self.confirmed)
         newest = _newer(vouched, self.pending_confirmed, self.confirmed)
         return replace(state, pending_confirmed=newest, incarnation=meta.incarnation)
 
@@ -157,6 +158,19 @@ def _newer(seen: Heard, *held: Heard | None) -> Heard | None:
         if other is not None and other.nonce == seen.nonce and other.n >= seen.n:
             return held[0]
     return seen
+
+
+def _no_earlier(seen: Heard, latest_s: float, *held: Heard | None) -> Heard:
+    """With the time of an earlier confirmed beat, if the primary's clock was set back since: who holds all that is
+    confirmed by this one holds what that one vouched for, and an old time would say that nobody vouched for hours.
+    A time past ``latest_s`` (Unix seconds) is none to keep: then it was set right."""
+    before = [h.at_s for h in held if h is not None and _follows(seen, h) and h.at_s <= latest_s]
+    return seen._replace(at_s=max(seen.at_s, *before)) if before else seen
+
+
+def _follows(seen: Heard, other: Heard) -> bool:
+    same, later = seen.nonce == other.nonce, seen.position.epoch > other.position.epoch
+    return (same and seen.n > other.n) or (not same and later)
 
 
 def _covers(position: Position, beat: Heard, holed_nonce: str | None) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Final, NoReturn, TypedDict, Unpack
 from .bearer import Challenge, checked_scopes, claims_variable
 from .claims import Claims
 from .errors import ConfigurationError
-from .guard import Guard, below, path_prefixes
+from .guard import Guard, below, odd, path_prefixes
 from .verifier import Verifier
 
 try:
@@ -71,8 +71,8 @@ class _Gate:
         return below(method, self._public)
 
     def rule(self, method: str) -> tuple[bool, frozenset[str]]:
-        """Whether a token is required, and the scopes it needs."""
-        scopes = [scopes for name, scopes in self._scopes if below(method, name)]
+        """Whether a token is required, and the scopes it needs: all, where others may read another method."""
+        scopes = [scopes for name, scopes in self._scopes if odd(method) or below(method, name)]
         return self._required and not below(method, self._optional), frozenset().union(*scopes)
 
 

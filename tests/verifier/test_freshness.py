@@ -245,3 +245,34 @@ def test_a_state_is_immutable() -> None:
     before = Freshness(SKEW, synced=True, applied=heard(AT))
     hear(before, beat_of(9, 9)).reached(AT)
     assert before == Freshness(SKEW, synced=True, applied=heard(AT))
+
+
+HOURS = 7_200.0
+
+
+def test_a_primary_whose_clock_is_set_back_ages_nobody_who_goes_on_hearing_confirmed_beats() -> None:
+    beat = beat_of(4, 9, at_s=NOW - HOURS, confirmed=(3, 9, NOW - HOURS))
+    state = hear(confirmed_state(), beat, now=NOW + 1, mono=MONO + 1).reached(AT)
+    assert judge(state, after=1) == (1.0, True, None)
+    assert judge(state, after=6).seconds == 6.0
+
+
+def test_nor_does_a_new_primary_whose_clock_is_hours_behind() -> None:
+    epoch = replace(epoch_of(NONCE_2, 9), chain=(EpochLink(7, NONCE, None, {}, True),))
+    beat = beat_of(2, 2, at_s=NOW - HOURS, confirmed=(1, 2, NOW - HOURS), nonce=NONCE_2, number=9)
+    state = hear(confirmed_state(), beat, epoch=epoch, now=NOW + 1, mono=MONO + 1).reached(Position(9, 2, NONCE_2))
+    assert judge(state, after=2) == (2.0, True, None)
+
+
+def test_the_beats_of_an_older_epoch_are_as_old_as_they_say() -> None:
+    beat = beat_of(9, 2, at_s=NOW - HOURS, confirmed=(8, 2, NOW - HOURS), nonce=NONCE_2, number=6)
+    epoch = epoch_of(NONCE_2, 6)
+    state = hear(confirmed_state(), beat, epoch=epoch, now=NOW + 1, mono=MONO + 1).reached(Position(6, 2, NONCE_2))
+    assert judge(state, after=1).seconds == HOURS + 1
+
+
+def test_after_all_clocks_were_set_back_together_a_beat_that_comes_late_is_as_old_as_it_says() -> None:
+    earlier = NOW - HOURS
+    beat = beat_of(4, 9, at_s=earlier, confirmed=(3, 9, earlier))
+    state = hear(confirmed_state(), beat, now=earlier + 60, mono=MONO + 1).reached(AT)
+    assert judge(state, now=earlier + 60, mono=MONO + 1).seconds == 60.0

@@ -139,7 +139,10 @@ def test_a_query_can_only_ask_for_more(client: httpx.Client, key: SigningKey, ta
     assert status_of_target(client, target, token_of(key, scope="a:1 o:1", jti="some")) == status
 
 
-SLY = ["/x/../admin", "/x/%2e%2e/admin", "//admin", "/x/%252e%252e/admin", "/./admin", "/x/..;/admin", "/x\\..\\admin"]
+SLY = [
+    "/x/../admin", "/x/%2e%2e/admin", "//admin", "/x/%252e%252e/admin", "/./admin", "/x/..;/admin", "/x\\..\\admin",
+    "/admin;x=1", "/admin;x=1/deep", "/admin%3Bx", "/%2561dmin", "/admin%3Fx", "/admin%23x", "/admin%00", "/admin%0A",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ["/admin?require_scope=", "/orders/1", *SLY])
