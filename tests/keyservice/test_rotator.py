@@ -311,7 +311,7 @@ async def test_a_restarted_region_signs_from_its_replica_without_the_primary(
     primary = start_server("primary", "--port", port, "--bind", "127.0.0.1")
     replica = start_server("replica", "--port", "0", "--replicaof", "127.0.0.1", port)
     settings = make_settings(replica.url, primary_url=f"127.0.0.1:{port}", start_timeout_s=3)
-    first = await start_service(settings)
+    first = await start_service(settings.model_copy(update={"start_timeout_s": 60}))
     kid = active(first)
     await first.service.stop()
     primary.kill()

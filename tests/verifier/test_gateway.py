@@ -214,7 +214,7 @@ async def test_every_setting_comes_from_the_environment(key: SigningKey) -> None
         }
     )
     with app._verifier as verifier:
-        assert verifier.wait_ready(20)
+        assert verifier.wait_ready(60)
         some, enough = live_token(key, scope="a"), live_token(key, scope="a b c")
         assert [await status_of(app, path) for path in ("/free", "/open/1", "/", "/ready")] == [200, 200, 401, 200]
         assert [await status_of(app, path, some) for path in ("/", "/admin", "/x")] == [200, 403, 403]

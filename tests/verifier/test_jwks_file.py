@@ -57,7 +57,7 @@ def test_a_token_verifies_with_a_key_from_a_file_and_a_replaced_file_is_picked_u
 ) -> None:
     put(path, key)
     with verifier_of(path) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         token = live_token(key)
         assert verifier.verify(token)
         put(path, other_key)
@@ -72,7 +72,7 @@ def test_a_token_verifies_with_a_key_from_a_file_and_a_replaced_file_is_picked_u
 def test_a_fresh_key_in_the_file_is_accepted_at_once(path: Path, key: SigningKey, other_key: SigningKey) -> None:
     put(path, key)
     with verifier_of(path) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         put(path, key, other_key)
         assert verifier.verify(live_token(other_key))
 
@@ -86,7 +86,7 @@ def test_keys_from_a_file_are_configured_from_the_environment(path: Path, key: S
         "VERIFIER_REDIS_URL": "none",
     }
     with Verifier.from_env(env) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         assert verifier.verify(live_token(key))
 
 
@@ -105,7 +105,7 @@ def test_a_bad_file_never_replaces_a_good_set_and_is_named(
 ) -> None:
     put(path, key)
     with verifier_of(path) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         replace(path, body)
         until(lambda: counters(verifier).get(f"fetch_{problem}"), problem)
         assert verifier.status().keys == (key.kid,)
@@ -119,7 +119,7 @@ def test_a_missing_file_is_named_and_picked_up_when_it_comes(path: Path, key: Si
         until(lambda: counters(verifier).get("fetch_file_missing"), "named")
         assert not verifier.status().ready
         put(path, key)
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         path.unlink()
         missing = counters(verifier)["fetch_file_missing"]
         until(lambda: counters(verifier)["fetch_file_missing"] > missing, "missed")
@@ -131,7 +131,7 @@ def test_an_unchanged_file_keeps_the_keys_young_without_being_read(
 ) -> None:
     put(path, key)
     with verifier_of(path, keys_max_age_s=1) as verifier:
-        assert verifier.wait_ready(10)
+        assert verifier.wait_ready(60)
         fetched = counters(verifier)["fetches"]
         until(lambda: counters(verifier)["fetches"] >= fetched + 30, "thirty looks")
         assert verifier.verify(live_token(key))
