@@ -35,10 +35,10 @@ TIER_MIN: Final = 256
 RECENT_MAX: Final = 2_048
 """Entries of one issuer and kind that are kept whole: copying so many for each batch takes 10-20 microseconds."""
 
-FOLD_MIN: Final = 256
+FOLD_MIN: Final = 128
 """A batch of so many goes to the fingerprints at once."""
 
-BUCKETS_AN_ENTRY: Final = 128
+BUCKETS_AN_ENTRY: Final = 256
 """Unless that copies a list of buckets more than so many times as long: for ten million it takes some milliseconds."""
 
 FOLDED_KINDS: Final = frozenset({"jti", "tok", "sid"})
