@@ -250,16 +250,16 @@ def find_revoked_kid(unknown: UnknownKid, revocations: Snapshot) -> RevokedToken
 def check_revoked(verified: Verified, revocations: Snapshot) -> None:
     """Step 6: raises :class:`RevokedToken` if an entry hits the token, its session, subject, client or key."""
     facts = verified.facts
-    hit = revocations.find(
-        issuer=facts.issuer,
-        jti=facts.jti,
-        tok=verified.tok,
-        sid=facts.sid,
-        sub=facts.sub,
-        client_id=facts.client_id,
-        kid=verified.kid,
-        iat=facts.iat,
-        after=facts.after,
+    hit = revocations.find_at(
+        facts.issuer,
+        verified.kid,
+        facts.jti,
+        verified.tok,
+        facts.sid,
+        facts.sub,
+        facts.client_id,
+        facts.iat,
+        facts.after,
     )
     if hit is not None:
         raise RevokedToken(kind=hit.kind, entry_id=hit.entry_id)
