@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigurationError
@@ -267,10 +266,19 @@ def _connector(
             connect = sentinel_connector(parse_sentinel_url(url), settings, open_client)
         else:
             options = {**settings, **url_options(url), "connection_class": settings["connection_class"]}
-            connect = partial(open_client, options)
+            connect = _direct(options)
     except (ValueError, TypeError) as error:
         raise ConfigurationError("setting_invalid", _expected(url, error), setting="redis_url") from None
     warn_if_password_in_plain("redis_url", url, password)
+    return connect
+
+
+def _direct(options: Mapping[str, Any]) -> Callable[[], redis.Redis]:
+    """In a closure, where no ``repr`` shows the password among them."""
+
+    def connect() -> redis.Redis:
+        return open_client(options)
+
     return connect
 
 
