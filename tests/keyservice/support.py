@@ -288,10 +288,12 @@ class Proxy:
 
     async def cut(self) -> None:
         """Refuse connections, and end those there are."""
+        self.path.unlink(missing_ok=True)
+        for _ in range(5):  # asyncio drops a connection that it accepted just before its server closes, unclosed
+            await asyncio.sleep(0)
         if self._server is not None:
             self._server.close()
             self._server = None
-        self.path.unlink(missing_ok=True)
         for pipe in list(self._pipes):
             pipe.cancel()
         if self._pipes:
