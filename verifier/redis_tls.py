@@ -62,10 +62,13 @@ class RedisTls:
     key: str | None = None
 
     def __bool__(self) -> bool:
-        return any((self.ca, self.cert, self.key))
+        return any(path is not None for path in (self.ca, self.cert, self.key))
 
     def check(self) -> None:
         """Raises :class:`ConfigurationError`, which names the setting, unless the files can be used."""
+        for name, path in (("redis_tls_ca", self.ca), ("redis_tls_cert", self.cert), ("redis_tls_key", self.key)):
+            if path == "":  # to OpenSSL the same as none, which would trust the system's CAs
+                raise _invalid(name, "is empty; name a PEM file, or leave it out")
         if self.key is not None and self.cert is None:
             raise _invalid("redis_tls_key", "belongs to redis_tls_cert, which is not given")
         try:

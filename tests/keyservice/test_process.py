@@ -140,6 +140,17 @@ def test_a_killed_one_leaves_nothing_that_stops_the_next(
         ({"KEYSERVICE_PROT": "1"}, "setting_unknown", "KEYSERVICE_PROT"),
         ({"KEYSERVICE_REDIS_URL": "http://u:hunter2@x"}, "setting_invalid", "KEYSERVICE_REDIS_URL"),
         ({"KEYSERVICE_REDIS_URL": "redis://u:hunter2@x:port"}, "setting_invalid", "KEYSERVICE_REDIS_URL"),
+        (
+            {"KEYSERVICE_REDIS_URL": "rediss://u:hunter2@x?ssl_cert_reqs=none"},
+            "setting_invalid",
+            "KEYSERVICE_REDIS_URL",
+        ),
+        ({"KEYSERVICE_REDIS_TLS_CA": "/etc/hosts"}, "setting_invalid", "KEYSERVICE_REDIS_TLS_CA is set"),
+        (
+            {"KEYSERVICE_REDIS_URL": "rediss://x", "KEYSERVICE_REDIS_TLS_CA": "/nowhere/hunter2"},
+            "setting_invalid",
+            "KEYSERVICE_REDIS_TLS_CA",
+        ),
         ({"KEYSERVICE_SOURCE_ADDRESS": "hunter2"}, "setting_invalid", "KEYSERVICE_SOURCE_ADDRESS"),
         ({"KEYSERVICE_REGIONS": "a,b"}, "setting_invalid", "KEYSERVICE_REGIONS"),
         ({"KEYSERVICE_REGION": "no spaces"}, "setting_invalid", "KEYSERVICE_REGION"),

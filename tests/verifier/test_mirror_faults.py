@@ -362,7 +362,7 @@ def test_a_full_resync_on_a_quiet_stream_loses_nothing(pair: Callable[..., Any],
 def test_a_replica_that_loads_is_named_and_takes_nothing_from_the_mirror(
     pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("verifier.replica.REDIS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("verifier.redis_connecting.REDIS_TIMEOUT_S", 0.3)
     slow = ("--key-load-delay", "5000", "--loading-process-events-interval-bytes", "1024")
     up, down = pair("--repl-diskless-load", "disabled", *slow)
     with up.client() as client, over_redis(down.url) as mirror:

@@ -117,3 +117,41 @@ def test_a_log_that_contradicts_itself_between_batches_is_read_again_on_the_same
         until(lambda: mirror.view.position is not None, "read to its end")
         assert (mirror.counters["reread_hole"], mirror.counters["disconnects"]) == (1, 0)
         assert [n for n in range(100) if not holds(mirror, f"t-{n}")] == [24]
+
+
+# -- passwords that change ---------------------------------------------------------------------------------------------
+
+
+def test_a_rotated_password_is_named_when_the_connection_is_renewed_and_heals_without_a_restart(
+    server: Server, primary: Primary, client: redis.Redis
+) -> None:
+    command(client, "ACL", "SETUSER", "rotating", "on", ">old", "~{trust}:*", "-@all", "+@read", "+multi", "+exec")
+    try:
+        with over_redis(f"unix://{server.socket}", username="rotating", password="old") as mirror:
+            reaches(mirror, primary.position)
+            command(client, "ACL", "SETUSER", "rotating", "<old", ">new")
+            command(client, "CLIENT", "KILL", "USER", "rotating")
+            until(lambda: mirror.view.problem == "wrong_credentials", "named")
+            assert mirror.view.freshness.synced  # what is held stays, and ages
+            command(client, "ACL", "SETUSER", "rotating", ">old")  # both, as a rotation should have it
+            primary.append(*live("jti", ["a"]))
+            reaches(mirror, primary.position)
+            assert holds(mirror, "a")
+    finally:
+        command(client, "ACL", "DELUSER", "rotating")
+
+
+def test_a_right_that_is_taken_away_while_it_follows_is_named(
+    server: Server, primary: Primary, client: redis.Redis
+) -> None:
+    command(client, "ACL", "SETUSER", "reader", "on", ">pw", "~{trust}:*", "-@all", "+@read", "+multi", "+exec")
+    try:
+        with over_redis(f"unix://{server.socket}", username="reader", password="pw") as mirror:
+            reaches(mirror, primary.position)
+            command(client, "ACL", "SETUSER", "reader", "-xread")
+            until(lambda: mirror.view.problem == "no_permission", "named")
+            command(client, "ACL", "SETUSER", "reader", "+xread")
+            reaches(mirror, primary.position)
+            assert mirror.view.problem is None
+    finally:
+        command(client, "ACL", "DELUSER", "reader")
