@@ -29,9 +29,10 @@ ROOT = Path(__file__).parents[2]
 WORKERS = 3
 WITHIN_S = 60.0
 
-pytestmark = pytest.mark.skipif(
+_forks = pytest.mark.skipif(
     not (hasattr(os, "fork") and Path("/proc/self/fd").exists()), reason="needs fork, and /proc to see sockets"
 )
+pytestmark = [pytest.mark.slow, _forks]
 
 APPLICATION = """
 import json, os, threading, time
