@@ -159,7 +159,7 @@ class Beats:
         assert self.skew_s is not None
         self._told = True
         sightings = await self._trust.tell_skew(self.skew_s, server_ms, self._regions())
-        self.primary_off = primary_is_off(sightings, self._regions(), self._max_skew_s)
+        self.primary_off = primary_is_off(self.skew_s, sightings, self._regions(), self._max_skew_s)
         return "primary_clock" if self.primary_off else "clock_skew"
 
     async def _untell(self) -> None:

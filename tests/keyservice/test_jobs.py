@@ -10,6 +10,7 @@ import pytest
 from apscheduler.events import EVENT_JOB_EXECUTED, EVENT_JOB_MAX_INSTANCES
 from structlog.testing import capture_logs
 
+from keyservice.core.clocks import primary_is_off
 from keyservice.jobs import RotationJob, certain_skew_s, repeat
 from keyservice.telemetry import Metrics
 
@@ -85,3 +86,30 @@ def test_clocks_differ_by_no_more_than_a_slow_exchange_leaves_no_doubt_about(
     sent_at: float, server_at: float, now: float, skew_s: float
 ) -> None:
     assert certain_skew_s(sent_at, server_at, now) == pytest.approx(skew_s)
+
+
+@pytest.mark.parametrize(
+    ("own_s", "others_s", "is_off"),
+    [
+        (30.0, (29.0, 0.0), True),
+        (-30.0, (-31.0, 0.0), True),
+        (30.0, (0.0, 0.0), False),
+        (30.0, (-30.0, 0.0), False),
+        (30.0, (19.5, 0.0), True),  # both clocks right, as far as clocks may differ, and a slow exchange
+        (3e8, (6.0, 0.0), False),  # years ahead; one that is off by seconds speaks for nothing
+        (3e8, (3e8, 0.0), True),
+        (6.0, (3e8, 7.0), True),
+    ],
+)
+def test_it_is_the_primarys_clock_where_a_majority_sees_it_off_alike(
+    own_s: float, others_s: tuple[float, ...], is_off: bool
+) -> None:
+    sightings = dict(zip("abc", (own_s, *others_s), strict=True))
+    assert primary_is_off(own_s, sightings, "abc", 5.0) is is_off
+
+
+def test_two_regions_of_which_one_is_off_cannot_tell() -> None:
+    assert not primary_is_off(30.0, {"a": 30.0}, "ab", 5.0)
+    assert not primary_is_off(30.0, {"a": 30.0}, "a", 5.0)
+    assert primary_is_off(30.0, {"a": 30.0, "b": 28.0}, "ab", 5.0)
+    assert not primary_is_off(30.0, {"a": 30.0, "gone": 30.0}, "ab", 5.0)
