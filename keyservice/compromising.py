@@ -12,23 +12,24 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import structlog
 
 from .core import rotation
-from .core.evidence import Protocol
 from .core.revocation import RevocationRequest
 from .core.rotation import KeyRecord, Serving
 from .errors import KeyserviceError, RequestRefused, StoreError
-from .evidence import Evidence, read_evidence
+from .evidence import read_evidence
 from .limits import RECEIPT_POLL_S
 from .receipts import Receipt
 from .revoking import Outcome, Revoker
 from .store import Node
-from .trust import TrustLog, read_serving
+from .trust import KeysView, TrustLog, read_serving
 
 __all__ = ["Compromise", "Compromiser", "Exposure"]
+
+T = TypeVar("T")
 
 EXPOSURE_WAIT_S: Final = 5.0
 """How long an answer waits for the last region: the demo's slowest link needs a tenth of it."""
@@ -93,72 +94,69 @@ class Compromiser:
         *,
         region: str,
         regions: Callable[[], Sequence[str]],
-        tick: Callable[[], Awaitable[object]],
+        tick: Callable[[], Awaitable[KeysView]],
         refresh: Callable[[], None],
         clock: Callable[[], float],
     ) -> None:
         self._own, self._trust, self._revoker = own, trust, revoker
         self._region, self._regions = region, regions
         self._tick, self._refresh, self._clock = tick, refresh, clock
-        self._protocol = Protocol()
 
     async def compromise(self, records: Collection[KeyRecord], reason: str) -> Compromise:
         """Take these keys out of use. Raises what stored nothing at all: :class:`KeyserviceError`."""
         started = time.monotonic()
         requests = [RevocationRequest(kind="kid", value=record.kid, reason=reason) for record in records]
         outcomes = await self._revoker.revoke_all([self._revoker.draft(request) for request in requests])
-        receipts = _stored(outcomes)
+        stored = _stored(outcomes)
         await self._mark(records)
-        exposure = await self._watch([record.kid for record in records], receipts, started)
+        receipts, exposure = await self._watch([record.kid for record in records], stored, started)
         _log.warning("keys compromised", kids=[record.kid for record in records], region=self._region)
         return Compromise(tuple(record.kid for record in records), tuple(receipts), exposure)
 
     async def _mark(self, records: Collection[KeyRecord]) -> None:
         """Into every key set, also where the region that owns a key is gone; its own rotator may be faster."""
-        for record in records:
-            if record.region != self._region:
+        view = await _tolerantly(self._tick())  # as the primary has them: what was read here may be a moment old
+        newest = {} if view is None else view.records
+        for record in (newest.get(record.kid, record) for record in records if record.region != self._region):
+            if record.state != "compromised":
                 moved = rotation.compromised(record, self._clock())
                 await _tolerantly(self._trust.put_keys([(record.rev, moved)]))
-        await _tolerantly(self._tick())
         self._refresh()
 
-    async def _watch(self, kids: Sequence[str], receipts: Sequence[Receipt], started: float) -> dict[str, Exposure]:
+    async def _watch(
+        self, kids: Sequence[str], receipts: Sequence[Receipt], started: float
+    ) -> tuple[Sequence[Receipt], dict[str, Exposure]]:
+        """The receipts as they are at the end: after a failover, what an old place says of a region is no evidence."""
         seen = {region: Exposure() for region in self._regions()}
         while True:
             try:
-                evidence = await read_evidence(self._own, tuple(seen))
-                serving = Serving()
-                if evidence.epoch is not None:
-                    serving = await read_serving(self._own, tuple(seen), evidence.epoch)
+                receipts = await self._revoker.receipts([receipt.stored for receipt in receipts])
+                epoch = (await read_evidence(self._own, ())).epoch
+                serving = Serving() if epoch is None else await read_serving(self._own, tuple(seen), epoch)
             except StoreError:
                 pass
             else:
                 elapsed_ms = round((time.monotonic() - started) * 1000)
                 for region, exposure in seen.items():
-                    self._look(region, exposure, kids, receipts, evidence, serving, elapsed_ms)
+                    _look(region, exposure, kids, receipts, serving, elapsed_ms)
             if all(exposure.known for exposure in seen.values()) or time.monotonic() > started + EXPOSURE_WAIT_S:
-                return seen
+                return receipts, seen
             await asyncio.sleep(RECEIPT_POLL_S)
 
-    def _look(
-        self,
-        region: str,
-        exposure: Exposure,
-        kids: Sequence[str],
-        receipts: Sequence[Receipt],
-        evidence: Evidence,
-        serving: Serving,
-        elapsed_ms: int,
-    ) -> None:
-        report, epoch = evidence.reports.get(region), evidence.epoch
-        places = [receipt.position for receipt in receipts]
-        if exposure.refused_after_ms is None and report is not None and epoch is not None:
-            in_epoch = self._protocol.counts(report, epoch)
-            if in_epoch and all(place is not None and self._protocol.holds(report, place) for place in places):
-                exposure.refused_after_ms = elapsed_ms
-        served = serving.since.get(region)
-        if exposure.unpublished_after_ms is None and served is not None and served.keys().isdisjoint(kids):
-            exposure.unpublished_after_ms = elapsed_ms
+
+def _look(
+    region: str,
+    exposure: Exposure,
+    kids: Sequence[str],
+    receipts: Sequence[Receipt],
+    serving: Serving,
+    elapsed_ms: int,
+) -> None:
+    if exposure.refused_after_ms is None and all(receipt.regions.get(region) for receipt in receipts):
+        exposure.refused_after_ms = elapsed_ms
+    served = serving.since.get(region)
+    if exposure.unpublished_after_ms is None and served is not None and served.keys().isdisjoint(kids):
+        exposure.unpublished_after_ms = elapsed_ms
 
 
 def _stored(outcomes: Sequence[Outcome]) -> list[Receipt]:
@@ -169,9 +167,10 @@ def _stored(outcomes: Sequence[Outcome]) -> list[Receipt]:
     return [outcome for outcome in outcomes if isinstance(outcome, Receipt)]
 
 
-async def _tolerantly(work: Awaitable[object]) -> None:
+async def _tolerantly(work: Awaitable[T]) -> T | None:
     """The revocation stands whatever becomes of this; the owning region's rotator sees to the rest."""
     try:
-        await work
+        return await work
     except (StoreError, RequestRefused) as error:
         _log.info("key record not marked now", code=error.code)
+        return None
