@@ -53,6 +53,7 @@ _log = structlog.get_logger(__name__)
 START_RETRY_S = 0.2
 EXPIRE_EVERY_S = 60.0
 TRIM_EVERY_S = 10.0
+SERVING_EVERY_S = 30.0
 
 
 def build(settings: Settings, *, clock: Callable[[], float] = time.time) -> Service:
@@ -202,6 +203,7 @@ class Service:
         if self.keeper is not None:
             rounds.append((self.keeper.once, lambda: KEEPER_TICK_S))
             rounds.append((self._trimming.once, lambda: TRIM_EVERY_S))
+            rounds.append((self._key_keeper.repeat, lambda: SERVING_EVERY_S))
         if self.frontend is not None:
             await self.frontend.registry.once()
             rounds.append((self.frontend.registry.once, lambda: CLIENTS_POLL_S))

@@ -16,7 +16,7 @@ import structlog
 
 from verifier.jwk import JwksError
 
-from .core.evidence import key_of
+from .core.evidence import EpochKey, key_of
 from .core.rotation import FINAL_STATES, PUBLISHED_STATES, KeyRecord
 from .errors import KeeperUnavailable, StoreError
 from .keeper import KeeperRunner
@@ -39,7 +39,7 @@ class KeyKeeper:
         self._trust = trust
         self._primary = primary
         self._region = region
-        self._said: object = None
+        self._said: tuple[EpochKey, list[str]] | None = None
         runner.before_merging = self._put_back
 
     async def _put_back(self) -> bool:
@@ -67,6 +67,14 @@ class KeyKeeper:
             return False
         self._said = (epoch, kids)
         return True
+
+    async def repeat(self) -> None:
+        """Say again what was said last: a time that a wrong clock of the primary wrote is set right by it."""
+        if self._said is not None:
+            try:
+                await self._trust.serve(*self._said)
+            except StoreError as error:
+                _log.info("not said again what is served", code=error.code)
 
     async def _hold(self, view: KeysView) -> bool:
         if view.epoch is None:

@@ -13,7 +13,7 @@ changed since they were counted: the set that the regions publish is never one t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
@@ -94,6 +94,7 @@ class Rotator:
         self._is_revoked = is_revoked
         self._executor = executor
         self._lock = asyncio.Lock()
+        self._retired: dict[str, float] = {}
         self.problem: str | None = None
 
     async def tick(self, replacing: str | None = None) -> KeysView:
@@ -173,6 +174,7 @@ class Rotator:
             revoked={kid for kid in view.records if self._is_revoked(kid)},
             rotate_kid=replacing or wished,
             serving=serving,
+            retired=self._known_retired(now) if clock_sound else self._retired,
             clock_sound=clock_sound,
         )
         self._show_gate(decision.gate)
@@ -197,7 +199,14 @@ class Rotator:
         states = {record.state for record in view.records.values() if record.region == self._region}
         if view.epoch is None or not {"published", "active"} <= states:
             return Serving()
-        return await read_serving(self._primary, self._regions(), view.epoch)
+        seated = view.epoch.chain[-1].voters if view.epoch.chain else ()
+        return await read_serving(self._primary, tuple(dict.fromkeys((*self._regions(), *seated))), view.epoch)
+
+    def _known_retired(self, now: float) -> Mapping[str, float]:
+        """Since when this region's own server shows which keys as retiring: until then its instances sign with them."""
+        retiring = {kid for kid, record in self._ring.records.items() if record.state == "retiring"}
+        self._retired = {kid: self._retired.get(kid, now) for kid in retiring}
+        return self._retired
 
     def _show_gate(self, gate: Gate | None) -> None:
         """Say once what an activation waits for, and for whom it does not wait."""
@@ -206,7 +215,9 @@ class Rotator:
         self.gate = gate
 
     async def _put(self, records: tuple[KeyRecord, ...], view: KeysView) -> None:
-        generation = await self._trust.put_keys([(view.records[record.kid].rev, record) for record in records])
+        """In the very epoch whose evidence was asked for, and while no region's keys have changed since."""
+        changes = [(view.records[record.kid].rev, record) for record in records]
+        generation = await self._trust.put_keys(changes, unchanged_since=view.generation)
         for record in records:
             _log.info("key moved", kid=record.kid, state=record.state, generation=str(generation))
 

@@ -7,7 +7,6 @@ a write whose reply is lost is never retried here.
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -132,15 +131,10 @@ async def read_serving(node: Node, regions: Sequence[str], epoch: Epoch) -> Serv
     for region, served, at_ms in zip(regions, answers[::2], answers[1::2], strict=True):
         if served.get(b"nonce") == epoch.nonce.encode():
             kids = {name: at for name, at in served.items() if name.startswith(b"kid:")}
-            since[region] = {n[4:].decode("ascii", "replace"): _seconds(at) for n, at in kids.items()}
-        if at_ms is not None:
-            heard_at[region] = _seconds(at_ms)
+            since[region] = {n[4:].decode("ascii", "replace"): int(at) / 1000 for n, at in kids.items() if at.isdigit()}
+        if at_ms is not None and at_ms.isdigit():
+            heard_at[region] = int(at_ms) / 1000
     return Serving(tuple(regions), since, heard_at)
-
-
-def _seconds(at_ms: bytes) -> float:
-    """A time of the log in Unix seconds; one that cannot be read is not over yet."""
-    return int(at_ms) / 1000 if at_ms.isdigit() else math.inf
 
 
 def _readable(kid: str, raw: bytes) -> KeyRecord | None:

@@ -14,13 +14,16 @@ Rules:
 1. A state only moves forward, and a key leaves the JWKS only because its record says so.
 2. A standby becomes active by plan only when ``publish_lead_s`` has passed since it was published, and ``serve_lead_s``
    since every region was seen to serve it (:class:`Serving`), so that everybody who reads a JWKS has seen it. A region
-   that gave no sign of life for the partition budget is excused, by name: by then it serves no key set at all. Where a
+   that gave no sign of life for the partition budget (and what clocks and its last reports may be apart) is excused, by
+   name: by then it serves no key set at all. Where a
    region has no active key (its very first, or a revoked one), waiting would only add an outage to it: the oldest
    standby becomes active at once.
 3. A retiring key is removed only when the last token that it can have signed has expired everywhere.
 4. A key whose private half is missing is never activated, and never replaced by a new one: that is for an operator.
 5. The decision is idempotent: applied, it decides nothing more but to create a missing standby.
-6. A clock that is not to be trusted moves nothing by time: no rotation, no removal. What is revoked is replaced.
+6. A clock that is not to be trusted moves nothing by time: no rotation, no removal. What is revoked is replaced. A time
+   that such a clock left in the future of a right one is set to now, and waited for anew.
+7. What a retiring key signed last, it signed when its region heard of that: removal counts from then, too.
 
 Times are integer Unix seconds, rounded up, so that rounding never shortens a wait.
 """
@@ -64,6 +67,13 @@ SIGNING_STATES: Final[frozenset[State]] = frozenset({"prepared", "published", "a
 """The states in which the private half is needed: it signs, or will."""
 
 _LIVE: Final = ("prepared", "published", "active", "retiring")
+_PASSED: Final = ("prepared_at", "published_at", "active_at", "retiring_at")
+
+_FUTURE_S: Final = 60.0
+"""A time so far ahead, and four times the skew, was not written by a right clock of another instance."""
+
+_LAST_SIGNS_S: Final = 5.0
+"""A region may hear a beat, and so serve its key set, for so much longer than its last report reached the primary."""
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,20 +218,24 @@ def decide(
     revoked: Collection[str] = (),
     rotate_kid: str | None = None,
     serving: Serving = _NOTHING_ASKED,
+    retired: Mapping[str, float] | None = None,
     clock_sound: bool = True,
 ) -> Decision:
     """What the rotator of ``region`` does at ``now`` (Unix seconds).
 
     ``usable`` are the kids whose private half is at hand, ``revoked`` those that the trust log revokes,
     ``rotate_kid`` is the active key that somebody asked to replace before its time, ``serving`` the evidence of who
-    serves what, and ``clock_sound`` says whether ``now`` agrees with the primary's clock.
+    serves what, ``retired`` says since when the region itself knows which keys to be retiring (Unix seconds; None if
+    that does not matter), and ``clock_sound`` whether ``now`` agrees with the primary's clock.
     """
     keys = _Keys(now, {kid: record for kid, record in records.items() if record.region == region})
+    if clock_sound:
+        _set_right(keys, now + 4 * policy.max_skew_s + _FUTURE_S)
     for record in keys.of(*_LIVE):
         if record.kid in revoked:
             keys.move(record, "compromised")
     for record in keys.of("retiring"):
-        if clock_sound and now >= (record.retiring_at or 0) + policy.removal_delay_s:
+        if clock_sound and now >= _retired_at(record, retired) + policy.removal_delay_s:
             keys.move(record, "removed")
     for record in keys.of("prepared"):
         keys.move(record, "published")
@@ -229,6 +243,19 @@ def decide(
     _replace_missing(keys, usable)
     opened = _activate(keys, policy, usable, rotate_kid, serving) if clock_sound else None
     return Decision(keys.changes(), not keys.of("published"), opened)
+
+
+def _set_right(keys: _Keys, latest: float) -> None:
+    for record in keys.of(*_LIVE):
+        wrong = {name: math.ceil(keys.now) for name in _PASSED if (getattr(record, name) or 0) > latest}
+        if wrong:
+            keys.held[record.kid] = msgspec.structs.replace(record, rev=record.rev + 1, **wrong)
+
+
+def _retired_at(record: KeyRecord, retired: Mapping[str, float] | None) -> float:
+    """Since when nobody signs with it."""
+    known_at = 0.0 if retired is None else retired.get(record.kid, math.inf)
+    return max(record.retiring_at or 0, known_at)
 
 
 def _keep_one_active(keys: _Keys) -> None:
@@ -270,7 +297,8 @@ def gate(record: KeyRecord, serving: Serving, now: float, policy: Policy) -> Gat
     """When this standby may become active by plan, as far as is known at ``now`` (Unix seconds)."""
     published_at = record.published_at or 0
     silent_since = {region: serving.heard_at.get(region, published_at) for region in serving.regions}
-    excused = tuple(r for r, since in silent_since.items() if now - since > policy.partition_budget_s)
+    budget_s = policy.partition_budget_s + 2 * policy.max_skew_s + _LAST_SIGNS_S
+    excused = tuple(r for r, since in silent_since.items() if now - since > budget_s)
     asked = [region for region in serving.regions if region not in excused]
     waiting_for = tuple(region for region in asked if record.kid not in serving.since.get(region, {}))
     if waiting_for:

@@ -146,7 +146,7 @@ def test_serving_another_key_is_no_evidence_for_this_one() -> None:
     assert gate(STANDBY, served(eu={"a": 1}, us={"b": 1}), 2000, POLICY) == Gate(None, (EU,))
 
 
-@pytest.mark.parametrize(("silent_s", "excused"), [(3600, ()), (3601, (US,))])
+@pytest.mark.parametrize(("silent_s", "excused"), [(3615, ()), (3616, (US,))])
 def test_a_region_is_excused_by_name_once_it_is_past_the_partition_budget(
     silent_s: int, excused: tuple[str, ...]
 ) -> None:
@@ -157,8 +157,16 @@ def test_a_region_is_excused_by_name_once_it_is_past_the_partition_budget(
 
 def test_a_region_that_was_never_heard_is_waited_for_from_the_publication_on() -> None:
     serving = Serving((EU, US), {EU: {"b": 1901}}, {EU: 5400})
-    assert gate(STANDBY, serving, 1900 + 3600, POLICY).waiting_for == (US,)
-    assert gate(STANDBY, serving, 1900 + 3601, POLICY).excused == (US,)
+    assert gate(STANDBY, serving, 1900 + 3615, POLICY).waiting_for == (US,)
+    assert gate(STANDBY, serving, 1900 + 3616, POLICY).excused == (US,)
+
+
+def test_a_region_is_excused_no_earlier_than_it_stops_serving_by_its_own_clock() -> None:
+    """It heard of a beat a moment after its last report, its clock is slow, and ours is fast."""
+    skew_s = POLICY.max_skew_s
+    stops_at = 2000 + 1 + POLICY.partition_budget_s + skew_s
+    serving = Serving((EU, US), {EU: {"b": 1901}}, {EU: stops_at, US: 2000})
+    assert gate(STANDBY, serving, stops_at + skew_s, POLICY).waiting_for == (US,)
 
 
 def test_an_activation_waits_for_the_regions_and_says_for_which() -> None:
@@ -184,6 +192,56 @@ def test_a_clock_that_is_off_moves_nothing_by_time_and_still_replaces_what_is_re
     assert decide(held, EU, ten_years, POLICY, usable=set(held), clock_sound=False) == Decision()
     moved = decide(held, EU, ten_years, POLICY, usable=set(held), revoked={"a"}, clock_sound=False)
     assert {r.kid: r.state for r in moved.changes} == {"a": "compromised", "b": "active"}
+
+
+YEARS = 10 * 365 * 86_400
+
+
+def test_a_time_that_a_wrong_clock_wrote_is_set_to_now_and_waited_for_anew() -> None:
+    wrong = YEARS + 500
+    held = [
+        record("a", "active", prepared_at=1, published_at=1, active_at=wrong),
+        record("b", "published", prepared_at=wrong, published_at=wrong),
+        record("c", "retiring", prepared_at=1, published_at=1, active_at=1, retiring_at=wrong),
+    ]
+    decision = decide({r.kid: r for r in held}, EU, 500, POLICY, usable={"a", "b", "c"})
+    times = {r.kid: (r.state, r.published_at, r.active_at, r.retiring_at) for r in decision.changes}
+    assert times == {
+        "a": ("active", 1, 500, None),
+        "b": ("published", 500, None, None),
+        "c": ("retiring", 1, 1, 500),
+    }
+    after = {r.kid: r for r in decision.changes}
+    assert all(after[r.kid].order > r.order for r in held)
+    assert decide(after, EU, 501, POLICY, usable=set(after)) == Decision()
+    assert {r.kid: r.state for r in decide(after, EU, 550, POLICY, usable=set(after)).changes} == {"c": "removed"}
+    late = decide(after, EU, 1500, POLICY, usable=set(after)).changes
+    assert {r.kid: r.state for r in late} == {"a": "retiring", "b": "active", "c": "removed"}
+
+
+def test_a_time_that_another_instance_s_clock_may_have_written_is_left_alone() -> None:
+    held = [record("a", "active", active_at=510), record("b", "published", published_at=510)]
+    assert deciding(500, *held) == ({}, False)
+
+
+def test_a_wrong_clock_sets_no_time_right() -> None:
+    held = {"a": record("a", "active", active_at=YEARS), "b": record("b", "published", published_at=YEARS)}
+    assert decide(held, EU, 500, POLICY, usable=set(held), clock_sound=False) == Decision()
+
+
+@pytest.mark.parametrize(
+    ("now", "retired", "moved"),
+    [(150, None, True), (150, {}, False), (9_999, {}, False), (249, {"a": 200.0}, False), (250, {"a": 200.0}, True)],
+)
+def test_a_retiring_key_stays_until_its_region_has_known_for_long_enough_not_to_sign_with_it(
+    now: int, retired: dict[str, float] | None, moved: bool
+) -> None:
+    held = [
+        record("a", "retiring", retiring_at=100),
+        record("b", "active", active_at=now - 1),
+        record("c", "published", published_at=now - 1),
+    ]
+    assert deciding(now, *held, retired=retired)[0] == ({"a": "removed"} if moved else {})
 
 
 class Rotator(RuleBasedStateMachine):
